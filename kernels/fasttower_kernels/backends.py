@@ -1,0 +1,51 @@
+"""Which implementation of an operator runs.
+
+`auto` takes the best that the tensors' device allows: numba on a CPU and Triton on a CUDA device where the
+package is there, plain torch everywhere else. An explicit choice that cannot be met is an error.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Literal
+
+import torch
+
+from fasttower_kernels.errors import FastTowerError
+
+Backend = Literal["auto", "triton", "numba", "torch"]
+
+# The device that a backend runs on, and the package that it needs.
+_NEEDS = {"numba": ("cpu", "numba")}
+
+
+def choose_backend(backend: Backend, device: torch.device) -> tuple[str, str]:
+    """The backend to use on a device, and why.
+
+    Args:
+        backend: what was asked for.
+        device: where the tensors are.
+
+    Returns:
+        The backend's name, never "auto", and a few words for the user.
+
+    Raises:
+        FastTowerError: the backend that was asked for cannot run here.
+    """
+    if backend == "torch":
+        return "torch", "asked for"
+    if backend == "auto":
+        for name, (needed_device, package) in _NEEDS.items():
+            if device.type == needed_device and importlib.util.find_spec(package):
+                return name, f"the fastest on {device.type}"
+        return "torch", f"no fused backend for {device.type} here"
+    if backend not in _NEEDS:
+        raise FastTowerError(f"backend is {backend!r}; this version has auto, torch and {', '.join(_NEEDS)}.")
+    needed_device, package = _NEEDS[backend]
+    if device.type != needed_device:
+        raise FastTowerError(
+            f"backend {backend} runs on {needed_device}, not {device.type}; choose auto or torch."
+        )
+    if not importlib.util.find_spec(package):
+        raise FastTowerError(f"backend {backend} needs the package {package}, which is not installed.")
+    return backend, "asked for"

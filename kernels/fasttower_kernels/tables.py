@@ -1,0 +1,75 @@
+"""The arrays that a training step reads and writes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fasttower_kernels.errors import FastTowerError
+
+ROW_ALIGNMENT = 4
+"""Rows are stored padded to a multiple of this many floats, so that they load in 16-byte pieces."""
+
+
+def padded(embedding_dim: int) -> int:
+    """The stored width of a row of ``embedding_dim`` floats. The padding is zero and stays zero."""
+    return -(-embedding_dim // ROW_ALIGNMENT) * ROW_ALIGNMENT
+
+
+@dataclass(frozen=True)
+class Tables:
+    """One float32 array per parameter: the parameters themselves, their gradients or their moments.
+
+    Attributes:
+        users: (U, P), P the padded width.
+        items: (I, P).
+        item_bias: (I,), or None for a model without one.
+    """
+
+    users: Tensor
+    items: Tensor
+    item_bias: Tensor | None = None
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """The arrays that are there."""
+        yield self.users
+        yield self.items
+        if self.item_bias is not None:
+            yield self.item_bias
+
+    def zeros_like(self) -> Tables:
+        """Arrays of the same shapes, zero."""
+        return Tables(*(torch.zeros_like(array) for array in self))
+
+
+@dataclass(frozen=True)
+class Interactions:
+    """Positives as dense indices.
+
+    Attributes:
+        user_index: (n,), int32.
+        item_index: (n,), int32.
+    """
+
+    user_index: Tensor
+    item_index: Tensor
+
+    def __post_init__(self) -> None:
+        """Check shapes and dtypes."""
+        for name, index in (("user_index", self.user_index), ("item_index", self.item_index)):
+            if index.ndim != 1 or index.dtype != torch.int32:
+                raise FastTowerError(
+                    f"{name} is {index.dtype} of shape {tuple(index.shape)}; expected int32 (n,)."
+                )
+        if len(self.user_index) != len(self.item_index):
+            raise FastTowerError(
+                f"{len(self.user_index)} user indices and {len(self.item_index)} item indices; "
+                f"expected as many of each."
+            )
+
+    def __len__(self) -> int:
+        """N, the number of positives."""
+        return len(self.user_index)

@@ -1,0 +1,60 @@
+"""The steps in plain torch, made of the references of their parts."""
+
+import torch
+from torch import Tensor
+
+from fasttower_kernels.adam.reference import adam_step
+from fasttower_kernels.known_positives import KnownPositives
+from fasttower_kernels.philox import seed_key
+from fasttower_kernels.sampled_bce.reference import train_step
+from fasttower_kernels.shuffle import epoch_key, shuffled_rows
+from fasttower_kernels.tables import Interactions
+from fasttower_kernels.train_steps.state import StepSettings, TrainState, steps_per_epoch
+
+# Rows are shuffled this many at a time: one by one, batches of 1,024 would spend their time in launches.
+_SHUFFLE_ROWS = 1 << 17
+
+
+def run_steps(
+    state: TrainState,
+    interactions: Interactions,
+    known_positives: KnownPositives | None,
+    settings: StepSettings,
+    *,
+    first_step: int,
+    num_steps: int,
+) -> Tensor:
+    """See the operator's `run_steps`."""
+    num_rows, batch_size = len(interactions), settings.batch_size
+    epoch, first_batch = divmod(first_step, steps_per_epoch(num_rows, batch_size))
+    order = epoch_key(settings.seed, epoch)
+    key = seed_key(settings.seed)
+    device = interactions.user_index.device
+    batches_a_shuffle = max(1, _SHUFFLE_ROWS // batch_size)
+    losses = []
+    for batch in range(first_batch, first_batch + num_steps, batches_a_shuffle):
+        last_batch = min(batch + batches_a_shuffle, first_batch + num_steps)
+        positions = torch.arange(batch * batch_size, min(last_batch * batch_size, num_rows), device=device)
+        rows = shuffled_rows(positions, num_rows, order)
+        for i, batch_rows in enumerate(rows.split(batch_size)):
+            step = first_step + batch - first_batch + i
+            losses.append(
+                train_step(
+                    state.parameters,
+                    state.gradients,
+                    Interactions(interactions.user_index[batch_rows], interactions.item_index[batch_rows]),
+                    known_positives,
+                    settings.loss,
+                    key=key,
+                    step=step,
+                )
+            )
+            adam_step(
+                state.parameters,
+                state.gradients,
+                state.moments_1,
+                state.moments_2,
+                count=step + 1,
+                learning_rate=settings.learning_rate,
+            )
+    return torch.stack(losses).cpu().double().sum()

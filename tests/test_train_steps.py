@@ -1,0 +1,86 @@
+"""The steps of the plain torch backend: every row once an epoch, the short last batch, restarts."""
+
+import pytest
+import torch
+
+from fasttower_kernels.errors import FastTowerError
+from fasttower_kernels.known_positives import KnownPositives
+from fasttower_kernels.sampled_bce import LossSettings
+from fasttower_kernels.tables import Interactions, Tables
+from fasttower_kernels.train_steps import StepSettings, TrainState, run_steps, steps_per_epoch
+
+NUM_ROWS = 53
+SETTINGS = StepSettings(LossSettings(3, l2=0.01), learning_rate=0.05, batch_size=10, seed=9)
+
+
+def make_state():
+    generator = torch.Generator().manual_seed(0)
+    return TrainState.start(
+        Tables(
+            torch.randn(8, 4, generator=generator), torch.randn(12, 4, generator=generator), torch.zeros(12)
+        )
+    )
+
+
+@pytest.fixture
+def interactions():
+    generator = torch.Generator().manual_seed(1)
+    return Interactions(
+        torch.randint(8, (NUM_ROWS,), generator=generator, dtype=torch.int32),
+        torch.randint(12, (NUM_ROWS,), generator=generator, dtype=torch.int32),
+    )
+
+
+@pytest.fixture
+def known(interactions):
+    return KnownPositives.from_pairs(interactions.user_index, interactions.item_index, 8, 12)
+
+
+def run(state, interactions, known, first, count, settings=SETTINGS):
+    return float(
+        run_steps(state, interactions, known, settings, first_step=first, num_steps=count, backend="torch")
+    )
+
+
+def test_steps_per_epoch():
+    assert [steps_per_epoch(n, 10) for n in (1, 10, 11, 53)] == [1, 1, 2, 6]
+
+
+def test_every_positive_once_an_epoch(interactions):
+    # Without negatives and with a rate so small that nothing moves, an epoch's BCE is that of all the rows.
+    settings = StepSettings(LossSettings(0), learning_rate=1e-30, batch_size=10, seed=3)
+    state = make_state()
+    users, items, _ = state.parameters
+    logits = (users[interactions.user_index.long()] * items[interactions.item_index.long()]).sum(-1)
+    for epoch in range(2):
+        bce = run(state, interactions, None, 6 * epoch, 6, settings)
+        assert bce == pytest.approx(float(torch.nn.functional.softplus(-logits).sum()), rel=1e-5)
+
+
+def test_one_call_or_many(interactions, known):
+    whole, parts = make_state(), make_state()
+    total = run(whole, interactions, known, 0, 6) + run(whole, interactions, known, 6, 6)
+    pieces = sum(
+        run(parts, interactions, known, first, count) for first, count in ((0, 1), (1, 5), (6, 2), (8, 4))
+    )
+    assert pieces == pytest.approx(total, rel=1e-6)
+    for left, right in zip(whole.parameters, parts.parameters, strict=True):
+        assert left.equal(right)
+
+
+def test_the_loss_falls(interactions, known):
+    state = make_state()
+    losses = [run(state, interactions, known, 6 * epoch, 6) for epoch in range(30)]
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_steps_may_not_cross_an_epoch(interactions, known):
+    with pytest.raises(FastTowerError, match="6 steps"):
+        run(make_state(), interactions, known, 4, 3)
+
+
+def test_interactions_are_checked():
+    with pytest.raises(FastTowerError, match="int32"):
+        Interactions(torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.int32))
+    with pytest.raises(FastTowerError, match="3 user indices and 2"):
+        Interactions(torch.zeros(3, dtype=torch.int32), torch.zeros(2, dtype=torch.int32))
