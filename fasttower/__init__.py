@@ -1,0 +1,40 @@
+"""fasttower: fast two-tower (dot-product) recommenders, from a ratings file to an evaluated top-10.
+
+The names below are imported when they are first used, so that ``import fasttower`` is quick.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fasttower.config import PRESETS, Config
+    from fasttower.errors import FastTowerError, TrainingError
+    from fasttower.fit import fit
+    from fasttower.model import TwoTower
+    from fasttower.run import Run, load_run
+
+__version__ = "0.1.0"
+__all__ = ["PRESETS", "Config", "FastTowerError", "Run", "TrainingError", "TwoTower", "fit", "load_run"]
+
+_HOMES = {
+    "PRESETS": "config",
+    "Config": "config",
+    "FastTowerError": "errors",
+    "Run": "run",
+    "TrainingError": "errors",
+    "TwoTower": "model",
+    "fit": "fit",
+    "load_run": "run",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value  # over the submodule of the same name, which `fit` has
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(globals().keys() | _HOMES.keys())

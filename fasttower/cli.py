@@ -1,0 +1,96 @@
+"""The command line: `fasttower COMMAND`, its flags made from dataclasses, its errors one line each."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import tyro
+
+from fasttower import __version__
+from fasttower.errors import FastTowerError, TrainingError
+
+Flags = TypeVar("Flags")
+
+# Each command's module has `run(arguments) -> exit code`, imported only when it is called.
+COMMANDS = {"train": "train a model on interactions, recommend to every user, evaluate on the test part"}
+
+EXIT_BAD_INPUT, EXIT_TRAINING_FAILED, EXIT_INTERRUPTED = 2, 3, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments[:1] == ["--version"]:
+        _say(f"fasttower {__version__}")
+        return 0
+    usage = "usage: fasttower COMMAND [--help]\n\n" + "".join(
+        f"  {name:12s}{text}\n" for name, text in COMMANDS.items()
+    )
+    if arguments[:1] in ([], ["--help"], ["-h"]):
+        _say(usage)
+        return 0 if arguments else EXIT_BAD_INPUT
+    if arguments[0] not in COMMANDS:
+        return fail(f"there is no command {arguments[0]!r}; the commands are: {', '.join(COMMANDS)}.")
+    module = importlib.import_module(f"fasttower.{arguments[0]}")
+    return guarded(module.run, arguments[1:])
+
+
+def guarded(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
+    """Run a command so that bad input ends in one line on stderr and an exit code, never in a traceback."""
+    try:
+        return command(arguments)
+    except TrainingError as error:
+        return fail(str(error), EXIT_TRAINING_FAILED)
+    except FastTowerError as error:
+        return fail(str(error))
+    except KeyboardInterrupt:
+        return fail("interrupted.", EXIT_INTERRUPTED)
+    except BrokenPipeError:  # the reader of our output went away: nothing is left to say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def fail(message: str, code: int = EXIT_BAD_INPUT) -> int:
+    """Print an error's line; returns the exit code."""
+    sys.stderr.write(f"fasttower: {' '.join(message.split())}\n")
+    return code
+
+
+def parse(
+    flags: type[Flags], arguments: Sequence[str], *, prog: str, default: Flags, description: str
+) -> Flags:
+    """Read flags into a dataclass.
+
+    Raises:
+        FastTowerError: an unknown flag or a value of the wrong type, in one line.
+        SystemExit: with 0, after ``--help``.
+    """
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            return tyro.cli(flags, args=list(arguments), prog=prog, default=default, description=description)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise FastTowerError(_first_paragraph(printed.getvalue())) from None
+
+
+def _first_paragraph(box: str) -> str:
+    """The message of tyro's boxed error: the lines between its top and its first rule."""
+    lines = []
+    for line in box.splitlines()[1:]:
+        text = line.strip("│╭╮╰╯ ")
+        if text and set(text) <= {"─"}:
+            break
+        lines.append(text)
+    return " ".join(lines).strip() or box.strip() or "the flags could not be read; see --help."
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text.rstrip("\n") + "\n")

@@ -1,0 +1,217 @@
+"""The configuration: every setting of a run, its meaning and its default, once.
+
+The command line is made from these dataclasses, so a field's docstring is also its help. Each stage is handed
+the part that it needs (`DataConfig`, `TrainingConfig`); `Config` is the whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from fasttower.errors import FastTowerError
+
+Split = Literal["time", "random", "leave-last"]
+Device = Literal["auto", "cpu", "cuda", "mps"]
+Backend = Literal["auto", "triton", "numba", "torch"]
+Preset = Literal["default", "notebook"]
+LossScale = Literal["positives", "pairs"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the interactions come from, and how they are filtered and split."""
+
+    data: str = "synthetic-1m"
+    """A name (ml-100k, ml-1m, ml-10m, ml-20m, ml-25m, ml-32m, ml-latest-small, synthetic-100k, synthetic-1m,
+    synthetic-20m) or the path of a zip, folder, csv, tsv, dat, inter or parquet file."""
+    data_root: Path | None = None
+    """Folder that holds the named data sets; without it $FASTTOWER_DATA, then the cache folder."""
+    user_column: str | None = None
+    """Column of user ids; found from the known layouts if not given."""
+    item_column: str | None = None
+    """Column of item ids; found from the known layouts if not given."""
+    rating_column: str | None = None
+    """Column of ratings; where there is none, every row is a positive."""
+    timestamp_column: str | None = None
+    """Column of timestamps: seconds, milliseconds, microseconds or datetimes."""
+    min_rating: float | None = None
+    """Keep interactions rated at least this."""
+    min_user_interactions: int = 0
+    """Keep users with at least this many interactions."""
+    min_item_interactions: int = 0
+    """Keep items with at least this many interactions."""
+    split: Split = "time"
+    """How test and validation rows are chosen: the end of the time line, at random, or each user's last."""
+    test_fraction: float = 0.2
+    """Share of the interactions that becomes the test part (time and random splits)."""
+    test_min_rating: float | None = None
+    """Keep test and validation interactions rated at least this."""
+    valid_fraction: float = 0.1
+    """Share of the interactions before the test cut that becomes the validation part; 0 for none."""
+    valid_data: str | None = None
+    """A file of validation interactions, instead of splitting."""
+    test_data: str | None = None
+    """A file of test interactions, instead of splitting."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        _check(self, "split", self.split in get_args(Split), f"one of {', '.join(get_args(Split))}")
+        for name in ("min_user_interactions", "min_item_interactions"):
+            _check(self, name, getattr(self, name) >= 0, "0 or more")
+        for name in ("min_rating", "test_min_rating"):
+            value = getattr(self, name)
+            _check(self, name, value is None or math.isfinite(value), "a finite number")
+        _check(self, "test_fraction", 0 < self.test_fraction < 1, "a number between 0 and 1, both excluded")
+        _check(self, "valid_fraction", 0 <= self.valid_fraction < 1, "a number from 0 to below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """The model, its loss and its optimiser."""
+
+    seed: int = 0
+    """Seed of every draw, 0 <= seed < 2**63: the same seed gives the same run."""
+    embedding_dim: int = 16
+    """Dimensions of the user and item vectors, 1 to 512."""
+    item_bias: bool = True
+    """Add a learned bias per item to the logit."""
+    init_scale: float | None = None
+    """Standard deviation of the initial vectors; 0.1 / sqrt(embedding_dim) if not given."""
+    num_negatives: int = 10
+    """Negatives drawn for each positive."""
+    exclude_known_positives: bool = True
+    """Draw negatives from the items that the user has not touched, exactly."""
+    l2: float = 0.03
+    """L2 on the vectors of a positive and its negatives, added to the loss of each positive."""
+    loss_scale: LossScale = "positives"
+    """The batch's loss is divided by its positives, or by its positive and negative pairs."""
+    learning_rate: float = 0.005
+    """Adam's step size."""
+    batch_size: int = 8192
+    """Positives in a batch."""
+    epochs: int = 30
+    """Passes over the training part; at most this many where a validation part chooses."""
+    backend: Backend = "auto"
+    """Implementation of the training step: auto takes the fastest that the device allows."""
+    threads: int | None = None
+    """CPU threads; all cores if not given."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        _check(self, "seed", 0 <= self.seed < 2**63, "a whole number from 0 to 2**63 - 1")
+        _check(self, "embedding_dim", 1 <= self.embedding_dim <= 512, "1 to 512")
+        _check(self, "num_negatives", self.num_negatives >= 0, "0 or more")
+        for name in ("batch_size", "epochs"):
+            _check(self, name, getattr(self, name) >= 1, "1 or more")
+        _check(self, "threads", self.threads is None or self.threads >= 1, "1 or more")
+        _check(self, "l2", 0 <= self.l2 < math.inf, "a finite number, 0 or more")
+        # Adam divides it by 1 - beta, which must not overflow float32.
+        _check(self, "learning_rate", 0 < self.learning_rate <= 1e30, "a number above 0, at most 1e30")
+        scale = self.init_scale
+        _check(self, "init_scale", scale is None or 0 <= scale < math.inf, "a finite number, 0 or more")
+        _check(self, "loss_scale", self.loss_scale in get_args(LossScale), " or ".join(get_args(LossScale)))
+        _check(self, "backend", self.backend in get_args(Backend), f"one of {', '.join(get_args(Backend))}")
+
+    @property
+    def resolved_init_scale(self) -> float:
+        """The standard deviation of the initial vectors."""
+        return 0.1 / math.sqrt(self.embedding_dim) if self.init_scale is None else self.init_scale
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(TrainingConfig, DataConfig):
+    """A whole run: data, model, training, recommendations."""
+
+    preset: Preset = "default"
+    """Where the defaults come from: default, or notebook (the published notebook's protocol)."""
+    device: Device = "auto"
+    """Where to train: auto takes CUDA, then MPS, then the CPU."""
+    strict_device: bool = False
+    """Fail where --device cuda cannot be met, instead of going on on the CPU."""
+    seeds: int = 1
+    """Train this many times, with seed, seed + 1, ...; report means and deviations, keep the first model."""
+    refit: bool = True
+    """After the validation part has chosen the epoch, train again with its rows included."""
+    k: int = 10
+    """Recommendations a user, and the cutoff of the metrics."""
+    filter_seen: bool = True
+    """Leave the items that a user has already touched out of the recommendations."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges of every part."""
+        DataConfig.__post_init__(self)
+        TrainingConfig.__post_init__(self)
+        _check(self, "device", self.device in get_args(Device), f"one of {', '.join(get_args(Device))}")
+        _check(self, "k", self.k >= 1, "1 or more")
+        _check(self, "seeds", self.seeds >= 1, "1 or more")
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any], base: Config | None = None) -> Config:
+        """A configuration from the fields of a ``config.json``, those that it lacks taken from another.
+
+        Raises:
+            FastTowerError: a field that no configuration has, or a value out of its range.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        merged = dict(values)
+        # A run's file says what was used beside what was asked for; what was asked for is the configuration.
+        for name in ("device", "backend"):
+            if (requested := merged.pop(f"{name}_requested", None)) is not None:
+                merged[name] = requested
+        if unknown := sorted(merged.keys() - known):
+            raise FastTowerError(
+                f"the configuration has no field {', '.join(unknown)}; "
+                f"its fields are {', '.join(sorted(known))}."
+            )
+        if merged.get("data_root") is not None:
+            merged["data_root"] = Path(merged["data_root"])
+        try:
+            return dataclasses.replace(base or cls(), **merged)
+        except TypeError as error:
+            raise FastTowerError(f"the configuration has a value of the wrong type: {error}.") from error
+
+    def to_json(self, *, device: str, backend: str) -> dict[str, Any]:
+        """The fields of a ``config.json``: what was asked for, and the device and backend that were used."""
+        return {
+            **asdict(self),
+            "data_root": None if self.data_root is None else str(self.data_root),
+            "init_scale": self.resolved_init_scale,
+            "device_requested": self.device,
+            "device": device,
+            "backend_requested": self.backend,
+            "backend": backend,
+        }
+
+
+def _check(config: object, name: str, holds: bool, expected: str) -> None:
+    if not holds:
+        flag = "--" + name.replace("_", "-")
+        raise FastTowerError(f"{flag} is {getattr(config, name)}; expected {expected}.")
+
+
+PRESETS: dict[Preset, Config] = {
+    "default": Config(),
+    # The published notebook's protocol, without its mistake of training on the test part.
+    "notebook": Config(
+        preset="notebook",
+        min_user_interactions=20,
+        test_fraction=0.2,
+        test_min_rating=4,
+        valid_fraction=0,
+        embedding_dim=16,
+        item_bias=False,
+        init_scale=1.0,
+        num_negatives=10,
+        exclude_known_positives=False,
+        l2=0.0,
+        loss_scale="pairs",
+        learning_rate=1e-3,
+        batch_size=1024,
+        epochs=30,
+    ),
+}

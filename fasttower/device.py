@@ -1,0 +1,59 @@
+"""Where a run trains."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import torch
+
+from fasttower.errors import FastTowerError
+
+
+def choose_device(requested: str, *, strict: bool = False) -> tuple[torch.device, str | None]:
+    """The device to use, and a line for the user where it is not the one asked for.
+
+    Args:
+        requested: "auto" (CUDA, then MPS, then the CPU), "cpu", "cuda" or "mps".
+        strict: fail where CUDA was asked for and is not there, instead of taking the CPU.
+
+    Raises:
+        FastTowerError: MPS, or with ``strict`` CUDA, was asked for and is not there.
+    """
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if requested == "auto":
+        return torch.device(next(name for name in ("cuda", "mps", "cpu") if there[name])), None
+    if there[requested]:
+        return torch.device(requested), None
+    reason = f"--device {requested} was asked for, but {_why_not(requested)}"
+    if requested == "cuda" and not strict:
+        return torch.device("cpu"), f"{reason}; going on on the CPU (--strict-device makes this an error)."
+    raise FastTowerError(f"{reason}; use --device auto or cpu.")
+
+
+def _why_not(name: str) -> str:
+    if name == "mps":
+        return "torch finds no Metal device"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} was built without CUDA"
+    return f"torch {torch.__version__} (CUDA {torch.version.cuda}) finds no usable GPU"
+
+
+@contextlib.contextmanager
+def cpu_threads(threads: int | None) -> Iterator[int]:
+    """Use that many CPU threads, or every core, inside the block; yields the number.
+
+    Raises:
+        FastTowerError: more threads than this machine has cores.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if threads is not None and threads > cores:
+        raise FastTowerError(f"--threads is {threads}; this machine has {cores} cores.")
+    wanted = threads or cores
+    before = torch.get_num_threads()
+    torch.set_num_threads(wanted)
+    try:
+        yield wanted
+    finally:
+        torch.set_num_threads(before)

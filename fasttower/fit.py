@@ -1,0 +1,225 @@
+"""`fasttower.fit`: the whole way of the data, from interactions to an evaluated run."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import polars as pl
+import torch
+
+from fasttower.config import Config
+from fasttower.data.preparation import PreparedData, prepare
+from fasttower.device import choose_device, cpu_threads
+from fasttower.evaluation.popularity import most_popular
+from fasttower.evaluation.replay_report import replay_metrics
+from fasttower.model import TwoTower
+from fasttower.retrieval import recommendation_frame
+from fasttower.run import Run, versions
+from fasttower.training.selection import TrainedModel, TrainingData, train_model
+from fasttower.training.trainer import Observer
+from fasttower_kernels.backends import choose_backend
+from fasttower_kernels.known_positives import KnownPositives
+from fasttower_kernels.tables import Interactions
+from fasttower_kernels.topk import top_k
+
+if TYPE_CHECKING:
+    from typing import TypeAlias
+
+    import pandas as pd
+    import pyarrow as pa
+
+    Source: TypeAlias = str | Path | pl.DataFrame | pl.LazyFrame | pd.DataFrame | pa.Table
+
+
+class FitObserver(Observer):
+    """What `fit` tells besides the trainer's progress; silent as it is, every method may be overridden."""
+
+    def on_warning(self, line: str) -> None:
+        """Called with a line that the user should see."""
+
+    def on_prepared(self, prepared: PreparedData, config: Config) -> None:
+        """Called when the data are ready."""
+
+    def on_training(self, device: str, backend: str, why: str, threads: int) -> None:
+        """Called before training with what it will use."""
+
+    def on_seed(self, seed: int) -> None:
+        """Called before each seed's training where there are several."""
+
+
+def fit(
+    data: Source | None = None, config: Config | None = None, *, observer: FitObserver | None = None
+) -> Run:
+    """Prepare interactions, train, recommend to every user and evaluate on the test part.
+
+    Args:
+        data: the name of a data set, a path, or a Polars, pandas or Arrow frame with one row an interaction;
+            None takes ``config.data``.
+        config: every setting; the default preset if not given.
+        observer: progress and the stop signal; silent if not given.
+
+    Returns:
+        The run. `Run.save` writes it to a directory.
+
+    Raises:
+        FastTowerError: bad data or settings, or a device or backend that is not there.
+        TrainingError: the loss is not finite.
+    """
+    config = config or Config()
+    observer = observer or FitObserver()
+    if isinstance(data, str | Path):
+        config = dataclasses.replace(config, data=str(data))
+    elif data is not None:
+        config = dataclasses.replace(config, data=type(data).__name__)
+    clock = _Clock()
+
+    device, warning = choose_device(config.device, strict=config.strict_device)
+    if warning:
+        observer.on_warning(warning)
+    backend, why = choose_backend(config.backend, device)
+    with cpu_threads(config.threads) as threads:
+        prepared = prepare(
+            config.data if data is None or isinstance(data, str | Path) else data, config, config.seed
+        )
+        training_data = to_training_data(prepared, device)
+        clock.lap("prepare")
+        observer.on_prepared(prepared, config)
+        observer.on_training(str(device), backend, why, threads)
+
+        first: tuple[TrainedModel, pl.DataFrame] | None = None
+        reports = []
+        for seed in range(config.seed, config.seed + config.seeds):
+            if config.seeds > 1:
+                observer.on_seed(seed)
+            trained = train_model(
+                training_data,
+                dataclasses.replace(config, seed=seed),
+                k=config.k,
+                refit=config.refit,
+                observer=observer,
+            )
+            clock.lap("train")
+            recommendations = _recommend(trained.model, training_data.known_positives, prepared, config)
+            clock.lap("recommend")
+            reports.append(_report(recommendations, prepared, config.k))
+            clock.lap("metrics")
+            first = first or (trained, recommendations)
+            if trained.interrupted:
+                break
+        popularity = _popularity(training_data.known_positives, prepared, config)
+        clock.lap("metrics")
+
+    assert first is not None  # there is at least one seed
+    trained, recommendations = first
+    speeds = [record.positives_per_s for record in trained.history]
+    metrics: dict[str, Any] = {
+        "test": {name: statistics.fmean(report[name] for report in reports) for name in reports[0]},
+        "popularity": popularity,
+        "best_epoch": trained.best_epoch,
+        "interrupted": trained.interrupted,
+        "test_users": prepared.test["user_index"].n_unique(),
+        "test_pairs_in_fit": prepared.test_pairs_in_fit,
+        "timing_s": clock.times(),
+        "positives_per_s": statistics.median(speeds) if speeds else None,
+        "device": str(device),
+        "backend": backend,
+        "threads": threads,
+        "versions": versions(),
+    }
+    if config.seeds > 1:
+        metrics["test_std"] = {
+            name: statistics.stdev(report[name] for report in reports) if len(reports) > 1 else None
+            for name in reports[0]
+        }
+        metrics["test_seeds"] = reports
+    return Run(
+        model=trained.model,
+        users=prepared.users,
+        items=prepared.items,
+        config=config,
+        device=str(device),
+        backend=backend,
+        history=trained.history,
+        recommendations=recommendations,
+        metrics=metrics,
+    )
+
+
+def to_training_data(prepared: PreparedData, device: torch.device) -> TrainingData:
+    """The prepared parts as tensors on a device, with the known positives of fit."""
+    fit, train = (_interactions(frame, device) for frame in (prepared.fit, prepared.train))
+    valid = None if prepared.valid is None else _interactions(prepared.valid, device)
+    known = KnownPositives.from_pairs(
+        fit.user_index, fit.item_index, prepared.users.height, prepared.items.height
+    )
+    return TrainingData(fit, train, valid, known)
+
+
+def _interactions(frame: pl.DataFrame, device: torch.device) -> Interactions:
+    # torch.tensor copies, so that the tensors are writable and own their memory.
+    return Interactions(
+        *(torch.tensor(frame[name].to_numpy(), device=device) for name in ("user_index", "item_index"))
+    )
+
+
+@torch.no_grad()
+def _recommend(
+    model: TwoTower, known: KnownPositives, prepared: PreparedData, config: Config
+) -> pl.DataFrame:
+    """The top-K of every user of fit, in original ids."""
+    users = torch.arange(known.num_users, device=known.items.device)
+    topk = top_k(
+        model.infer_users(),
+        model.infer_items(),
+        k=config.k,
+        item_bias=model.item_bias,
+        seen=known if config.filter_seen else None,
+        seen_users=users if config.filter_seen else None,
+    )
+    return recommendation_frame(users, topk, prepared.users, prepared.items)
+
+
+def _popularity(known: KnownPositives, prepared: PreparedData, config: Config) -> dict[str, float]:
+    users = torch.tensor(prepared.test["user_index"].unique().sort().to_numpy(), device=known.items.device)
+    topk = most_popular(known, users, k=config.k, filter_seen=config.filter_seen)
+    frame = recommendation_frame(users, topk, prepared.users, prepared.items)
+    return _report(frame, prepared, config.k, by="rating")
+
+
+def _report(
+    recommendations: pl.DataFrame, prepared: PreparedData, k: int, by: Literal["rank", "rating"] = "rank"
+) -> dict[str, float]:
+    """RePlay's metrics of the test users, in original ids."""
+    test, fit = (_original_ids(frame, prepared) for frame in (prepared.test, prepared.fit))
+    return replay_metrics(recommendations, test, fit, k, by)
+
+
+def _original_ids(frame: pl.DataFrame, prepared: PreparedData) -> pl.DataFrame:
+    return pl.DataFrame(
+        [
+            prepared.users["user_id"].gather(frame["user_index"]),
+            prepared.items["item_id"].gather(frame["item_index"]),
+        ]
+    )
+
+
+class _Clock:
+    """Seconds by stage."""
+
+    def __init__(self) -> None:
+        self._began = self._last = time.perf_counter()
+        self._laps: dict[str, float] = {}
+
+    def lap(self, stage: str) -> None:
+        """Count the time since the last lap to a stage."""
+        now = time.perf_counter()
+        self._laps[stage] = self._laps.get(stage, 0.0) + now - self._last
+        self._last = now
+
+    def times(self) -> dict[str, float]:
+        """The stages' times, and the total."""
+        return {**self._laps, "total": time.perf_counter() - self._began}

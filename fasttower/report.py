@@ -1,0 +1,135 @@
+"""What a person sees while a run goes on, and at its end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from fasttower.config import Config
+from fasttower.data.preparation import PreparedData
+from fasttower.fit import FitObserver
+from fasttower.run import Run
+from fasttower.training.trainer import EpochRecord
+
+
+class ConsoleObserver(FitObserver):
+    """Tables and a progress bar on the terminal.
+
+    Args:
+        quiet: show nothing.
+        to_stderr: leave stdout to the caller.
+    """
+
+    def __init__(self, *, quiet: bool = False, to_stderr: bool = False) -> None:
+        self._console = Console(quiet=quiet, stderr=to_stderr, highlight=False)
+        self._warnings = Console(stderr=True, highlight=False)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[speed]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+            disable=quiet or not self._console.is_terminal,
+        )
+        self._bars: dict[str, TaskID] = {}
+        self._stop = False
+
+    def __enter__(self) -> ConsoleObserver:
+        """Start the progress display."""
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End the progress display."""
+        self._progress.stop()
+
+    def stop(self) -> None:
+        """Ask the training to stop; may be called from a signal handler."""
+        self._stop = True
+
+    def should_stop(self) -> bool:
+        """Whether `stop` was called."""
+        return self._stop
+
+    def on_warning(self, line: str) -> None:
+        """Show a line that must not be missed, on stderr, even when quiet."""
+        self._warnings.print(f"[bold yellow]warning:[/] {line}")
+
+    def on_prepared(self, prepared: PreparedData, config: Config) -> None:
+        """Show what each step of the preparation kept and dropped."""
+        unit = f", timestamps in {prepared.timestamp_unit}" if prepared.timestamp_unit else ""
+        table = Table(title=config.data + unit, title_justify="left")
+        table.add_column("step")
+        for name in ("rows", "users", "items", "dropped rows"):
+            table.add_column(name, justify="right")
+        for step in prepared.steps:
+            counts = (step.rows, step.users, step.items, step.dropped_rows)
+            table.add_row(step.step, *(f"{count:,}" for count in counts))
+        self._console.print(table)
+        if prepared.test_pairs_in_fit:
+            self._console.print(
+                f"{prepared.test_pairs_in_fit:,} test pairs were there before the test cut too"
+            )
+
+    def on_training(self, device: str, backend: str, why: str, threads: int) -> None:
+        """Show where the training runs."""
+        where = f"{device}, {threads} threads" if device == "cpu" else device
+        self._console.print(f"training on {where}, backend {backend} ({why})")
+
+    def on_seed(self, seed: int) -> None:
+        """Show which of several seeds trains now."""
+        self._console.print(f"seed {seed}")
+        for bar in self._bars.values():
+            self._progress.remove_task(bar)
+        self._bars.clear()
+
+    def on_progress(self, phase: str, epoch: int, epochs: int, done: int, total: int) -> None:
+        """Move the phase's bar."""
+        if phase not in self._bars:
+            self._bars[phase] = self._progress.add_task(phase, total=total, speed="")
+        bar = self._bars[phase]
+        speed = self._progress.tasks[self._progress.task_ids.index(bar)].speed
+        text = f"{speed:,.0f} positives/s" if speed else ""
+        self._progress.update(bar, completed=done, description=f"{phase} {epoch}/{epochs}", speed=text)
+
+    def on_epoch(self, record: EpochRecord) -> None:
+        """Show an epoch in one line."""
+        parts = [f"{record.phase:6s} {record.epoch:3d}", f"loss {record.train_loss:.4f}"]
+        if record.valid_loss is not None:
+            parts.append(f"valid {record.valid_loss:.4f}")
+        parts += [f"{name} {value:.4f}" for name, value in record.valid.items() if name.startswith("NDCG")]
+        parts += [f"{record.epoch_s:.2f} s", f"{record.positives_per_s:,.0f}/s"]
+        self._console.print("  ".join(parts))
+
+    def show_result(self, run: Run, run_dir: Path) -> None:
+        """Show the metrics beside popularity's, the times, and where the run is."""
+        metrics = run.metrics
+        table = Table(
+            title=f"test part, {metrics['test_users']:,} users, best epoch {metrics['best_epoch']}",
+            title_justify="left",
+        )
+        table.add_column("metric")
+        table.add_column("model", justify="right")
+        if "test_std" in metrics:
+            table.add_column("std", justify="right")
+        table.add_column("popularity", justify="right")
+        for name, value in metrics["test"].items():
+            deviation = metrics["test_std"][name] if "test_std" in metrics else None
+            row = [f"{value:.4f}"] + ([f"{deviation:.4f}"] if deviation is not None else [])
+            table.add_row(name, *row, f"{metrics['popularity'][name]:.4f}")
+        self._console.print(table)
+        main = next(iter(metrics["test"]))
+        if metrics["test"][main] < metrics["popularity"][main]:
+            self._console.print(f"[bold yellow]the model loses to popularity in {main}[/]")
+        times = "  ".join(f"{name} {seconds:.1f} s" for name, seconds in metrics["timing_s"].items())
+        self._console.print(times)
+        if run.interrupted:
+            self._warnings.print("interrupted: the run holds what had been trained by then")
+        self._console.print(f"run written to {run_dir}")

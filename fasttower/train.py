@@ -1,0 +1,118 @@
+"""`python -m fasttower.train`, the same as `fasttower train`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from fasttower import __version__
+from fasttower.cli import EXIT_INTERRUPTED, guarded, parse
+from fasttower.config import PRESETS, Config
+from fasttower.errors import FastTowerError
+
+if TYPE_CHECKING:
+    from fasttower.report import ConsoleObserver
+
+DESCRIPTION = (
+    "Train a two-tower model on interactions, recommend to every user, evaluate on the test part.\n\n"
+    "Example: python -m fasttower.train --data ml-1m --embedding-dim 64"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainFlags(Config):
+    """The configuration, and what concerns this command alone."""
+
+    run_dir: Path | None = None
+    """Where the run is written; runs/<data>-<time> if not given. A directory that is not empty is refused."""
+    config: Path | None = None
+    """A config.json to take defaults from, such as a run's; flags go before it, it goes before the preset."""
+    quiet: bool = False
+    """Print nothing but errors."""
+    json: bool = False
+    """Print the metrics as JSON to stdout, and everything else to stderr."""
+    version: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print the version and exit."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command; returns the exit code."""
+    flags = read_flags(arguments)
+    if flags.version:
+        sys.stdout.write(f"fasttower {__version__}\n")
+        return 0
+    from fasttower.fit import fit  # noqa: PLC0415 - after the flags are known to be good: it imports torch
+    from fasttower.report import ConsoleObserver  # noqa: PLC0415
+    from fasttower.run import check_writable  # noqa: PLC0415
+
+    config = Config(**{field.name: getattr(flags, field.name) for field in dataclasses.fields(Config)})
+    run_dir = flags.run_dir or Path("runs") / f"{Path(config.data).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    check_writable(run_dir)
+    observer = ConsoleObserver(quiet=flags.quiet, to_stderr=flags.json)
+    with stop_on_ctrl_c(observer), observer:
+        finished = fit(config=config, observer=observer)
+        finished.save(run_dir)
+    observer.show_result(finished, run_dir)
+    if flags.json:
+        sys.stdout.write(json.dumps(finished.metrics, indent=2) + "\n")
+    return EXIT_INTERRUPTED if finished.interrupted else 0
+
+
+def read_flags(arguments: Sequence[str]) -> TrainFlags:
+    """Flags over the ``--config`` file over the ``--preset``."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    early.add_argument("--preset", default="default")
+    early.add_argument("--config", type=Path, default=None)
+    try:
+        known, _ = early.parse_known_args(list(arguments))
+    except argparse.ArgumentError as error:
+        raise FastTowerError(str(error)) from None
+    if known.preset not in PRESETS:
+        raise FastTowerError(f"--preset is {known.preset}; expected one of {', '.join(PRESETS)}.")
+    base = PRESETS[known.preset]
+    if known.config is not None:
+        base = Config.from_json(_read_json(known.config), base)
+    default = TrainFlags(**{field.name: getattr(base, field.name) for field in dataclasses.fields(Config)})
+    return parse(TrainFlags, arguments, prog="fasttower train", default=default, description=DESCRIPTION)
+
+
+def _read_json(path: Path) -> dict[str, object]:
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise FastTowerError(f"--config {path} cannot be read as JSON: {error}.") from None
+    if not isinstance(values, dict):
+        raise FastTowerError(
+            f"--config {path} holds a {type(values).__name__}; expected an object of fields."
+        )
+    return values
+
+
+@contextlib.contextmanager
+def stop_on_ctrl_c(observer: ConsoleObserver) -> Iterator[None]:
+    """The first Ctrl-C asks the training to stop and the run to be written; the second interrupts at once."""
+
+    def ask(signum: int, frame: object) -> None:
+        observer.stop()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(run, sys.argv[1:]))

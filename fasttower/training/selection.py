@@ -1,0 +1,119 @@
+"""Two phases: choose the number of epochs on the validation part, then refit on all before the test cut."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from fasttower.config import TrainingConfig
+from fasttower.model import TwoTower
+from fasttower.training.trainer import EpochRecord, Observer, train
+from fasttower.training.validation import Validation
+from fasttower_kernels.known_positives import KnownPositives
+from fasttower_kernels.tables import Interactions, Tables
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The parts that training sees, as dense indices on one device.
+
+    Attributes:
+        fit: everything before the test cut.
+        train: fit's rows before the validation cut; not read without a validation part.
+        valid: the validation pairs, or None.
+        known_positives: of fit.
+    """
+
+    fit: Interactions
+    train: Interactions
+    valid: Interactions | None
+    known_positives: KnownPositives
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A model and how it came about.
+
+    Attributes:
+        model: the trained model.
+        history: the record of every epoch, of both phases.
+        best_epoch: the epoch that the validation part chose; the last one without a validation part.
+        interrupted: whether the stop signal ended training early.
+    """
+
+    model: TwoTower
+    history: list[EpochRecord]
+    best_epoch: int
+    interrupted: bool
+
+
+def train_model(
+    data: TrainingData,
+    config: TrainingConfig,
+    *,
+    k: int,
+    refit: bool,
+    observer: Observer = Observer(),  # noqa: B008 - it has no state
+) -> TrainedModel:
+    """Train a two-tower model, the epochs chosen on the validation part where there is one.
+
+    Phase "choose" trains on ``train`` and takes the epoch with the best validation NDCG@k (the earliest of
+    equals); phase "refit" trains from scratch on ``fit`` for that many epochs. Without ``refit`` the best
+    epoch's model is kept. Without a validation part there is one phase, "train", on ``fit``, and its last
+    epoch counts. A stop signal keeps the best epoch so far, or the model as it is where no epoch has ended.
+
+    Raises:
+        TrainingError: the loss is not finite.
+    """
+    if data.valid is None:
+        model = _new_model(data, config)
+        history = train(
+            model, data.fit, data.known_positives, config, epochs=config.epochs, observer=observer
+        )
+        return TrainedModel(model, history, len(history), observer.should_stop())
+
+    known = data.known_positives
+    seen = KnownPositives.from_pairs(
+        data.train.user_index, data.train.item_index, known.num_users, known.num_items
+    )
+    metric = f"NDCG@{k}"
+    model = _new_model(data, config)
+    best: EpochRecord | None = None
+    best_tables: list[torch.Tensor] = []
+
+    def keep_best(record: EpochRecord) -> None:
+        nonlocal best, best_tables
+        if best is None or record.valid[metric] > best.valid[metric]:
+            best, best_tables = record, [table.clone() for table in model.tables]
+
+    history = train(
+        model,
+        data.train,
+        seen,
+        config,
+        epochs=config.epochs,
+        phase="choose",
+        validation=Validation.of(data.valid, seen, k),
+        observer=observer,
+        after_epoch=keep_best,
+    )
+    if best is None:
+        return TrainedModel(model, history, 0, interrupted=True)
+    if refit and not observer.should_stop():
+        model = _new_model(data, config)
+        history += train(model, data.fit, known, config, epochs=best.epoch, phase="refit", observer=observer)
+    else:
+        _restore(model.tables, best_tables)
+    return TrainedModel(model, history, best.epoch, observer.should_stop())
+
+
+def _new_model(data: TrainingData, config: TrainingConfig) -> TwoTower:
+    known = data.known_positives
+    model = TwoTower(known.num_users, known.num_items, config.embedding_dim, item_bias=config.item_bias)
+    return model.initialise(config.seed, config.resolved_init_scale).to(known.items.device)
+
+
+def _restore(tables: Tables, saved: list[torch.Tensor]) -> None:
+    for table, values in zip(tables, saved, strict=True):
+        table.copy_(values)

@@ -1,0 +1,148 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fasttower.config import TrainingConfig
+from fasttower.errors import TrainingError
+from fasttower.model import TwoTower
+from fasttower.training.validation import Validation
+from fasttower_kernels.known_positives import KnownPositives
+from fasttower_kernels.sampled_bce import LossSettings
+from fasttower_kernels.tables import Interactions
+from fasttower_kernels.train_steps import StepSettings, TrainState, run_steps, steps_per_epoch
+
+# Positives between two looks at the progress callback and at the stop signal, on a CPU.
+_TICK_POSITIVES = 1 << 18
+
+
+@dataclass(frozen=True)
+class EpochRecord:
+    """One line of a run's history.
+
+    Attributes:
+        phase: "choose", "refit" or "train".
+        epoch: from 1.
+        step: training steps done so far.
+        train_loss: mean BCE of the epoch.
+        valid_loss: mean BCE of the validation part after the epoch; None without one.
+        valid: ranking metrics of the validation part after the epoch.
+        epoch_s: seconds of training alone.
+        positives_per_s: of training alone.
+        elapsed_s: seconds since the phase began, validation included.
+    """
+
+    phase: str
+    epoch: int
+    step: int
+    train_loss: float
+    valid_loss: float | None
+    valid: dict[str, float]
+    epoch_s: float
+    positives_per_s: float
+    elapsed_s: float
+
+
+class Observer:
+    """What the trainer tells and asks while it runs; silent as it is, every method may be overridden."""
+
+    def on_progress(self, phase: str, epoch: int, epochs: int, done: int, total: int) -> None:
+        """Called every so often with the epoch from 1 and the positives done, and to do, in the phase."""
+
+    def on_epoch(self, record: EpochRecord) -> None:
+        """Called after each epoch."""
+
+    def should_stop(self) -> bool:
+        """Asked every so often; True ends the training there."""
+        return False
+
+
+def train(
+    model: TwoTower,
+    interactions: Interactions,
+    known_positives: KnownPositives,
+    config: TrainingConfig,
+    *,
+    epochs: int,
+    phase: str = "train",
+    validation: Validation | None = None,
+    observer: Observer = Observer(),  # noqa: B008 - it has no state
+    after_epoch: Callable[[EpochRecord], None] = lambda _: None,
+) -> list[EpochRecord]:
+    """Train a model in place.
+
+    Args:
+        model: on the device where training happens.
+        interactions: the n positives, on the same device.
+        known_positives: of the same part; left out of the negatives if the configuration says so.
+        config: of the loss, the optimiser and the batches.
+        epochs: passes over the interactions.
+        phase: the name that the records carry.
+        validation: what to watch after each epoch.
+        observer: progress and the stop signal.
+        after_epoch: called after each epoch with its record, before the next one changes the model.
+
+    Returns:
+        The record of each epoch that ended.
+
+    Raises:
+        TrainingError: the loss is not finite.
+    """
+    loss = LossSettings(config.num_negatives, config.l2, config.loss_scale)
+    settings = StepSettings(loss, config.learning_rate, config.batch_size, config.seed)
+    excluded = known_positives if config.exclude_known_positives else None
+    state = TrainState.start(model.tables)
+    num_rows = len(interactions)
+    per_epoch = steps_per_epoch(num_rows, config.batch_size)
+    device = interactions.user_index.device
+    tick = per_epoch if device.type == "cuda" else max(1, _TICK_POSITIVES // config.batch_size)
+
+    records: list[EpochRecord] = []
+    began = time.perf_counter()
+    for epoch in range(epochs):
+        epoch_began = time.perf_counter()
+        bce: float | Tensor = 0.0
+        for batch in range(0, per_epoch, tick):
+            bce += run_steps(
+                state,
+                interactions,
+                excluded,
+                settings,
+                first_step=epoch * per_epoch + batch,
+                num_steps=min(tick, per_epoch - batch),
+                backend=config.backend,
+            )
+            done = epoch * num_rows + min(num_rows, (batch + tick) * config.batch_size)
+            observer.on_progress(phase, epoch + 1, epochs, done, epochs * num_rows)
+            if observer.should_stop() and batch + tick < per_epoch:
+                return records
+        train_loss = float(bce) / (num_rows * loss.pairs)  # waits for the device
+        epoch_s = time.perf_counter() - epoch_began
+        if not math.isfinite(train_loss):
+            raise TrainingError(
+                f"the training loss is {train_loss} in epoch {epoch + 1}; try a --learning-rate "
+                f"below {config.learning_rate:g}."
+            )
+        record = EpochRecord(
+            phase=phase,
+            epoch=epoch + 1,
+            step=(epoch + 1) * per_epoch,
+            train_loss=train_loss,
+            valid_loss=validation.loss(model, loss, excluded, config.seed) if validation else None,
+            valid=validation.metrics(model) if validation else {},
+            epoch_s=epoch_s,
+            positives_per_s=num_rows / epoch_s,
+            elapsed_s=time.perf_counter() - began,
+        )
+        records.append(record)
+        after_epoch(record)
+        observer.on_epoch(record)
+        if observer.should_stop():
+            break
+    return records

@@ -1,0 +1,79 @@
+"""What is watched while training: the loss and the ranking metrics of the validation part."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from fasttower.evaluation.ranking import ranking_metrics
+from fasttower.model import TwoTower
+from fasttower_kernels.known_positives import KnownPositives
+from fasttower_kernels.philox import Purpose, derive_key
+from fasttower_kernels.sampled_bce import LossSettings, bce_sum
+from fasttower_kernels.tables import Interactions
+from fasttower_kernels.topk import top_k
+
+# Positives whose negatives are scored at a time.
+_LOSS_ROWS = 1 << 14
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The validation part, ready to be scored.
+
+    Attributes:
+        interactions: the validation pairs.
+        users: (R,), int64: the users who have any.
+        truth: their items; row r belongs to ``users[r]``.
+        seen: the training part's known positives: hidden from the ranking.
+        train_items: (I,), bool: the items of the training part.
+        k: the cutoff of the metrics.
+    """
+
+    interactions: Interactions
+    users: torch.Tensor
+    truth: KnownPositives
+    seen: KnownPositives
+    train_items: torch.Tensor
+    k: int
+
+    @staticmethod
+    def of(interactions: Interactions, seen: KnownPositives, k: int) -> Validation:
+        """Group the validation pairs by user."""
+        users, row = torch.unique(interactions.user_index, return_inverse=True)
+        truth = KnownPositives.from_pairs(row, interactions.item_index, len(users), seen.num_items)
+        train_items = torch.zeros(seen.num_items, dtype=torch.bool, device=seen.items.device)
+        train_items[seen.items.long()] = True
+        return Validation(interactions, users.long(), truth, seen, train_items, k)
+
+    @torch.no_grad()
+    def metrics(self, model: TwoTower) -> dict[str, float]:
+        """The ranking metrics at k of the validation users, training items left out."""
+        topk = top_k(
+            model.infer_users(self.users),
+            model.infer_items(),
+            k=self.k,
+            item_bias=model.item_bias,
+            seen=self.seen,
+            seen_users=self.users,
+        )
+        return ranking_metrics(topk.items, self.truth, self.train_items, self.k)
+
+    @torch.no_grad()
+    def loss(
+        self, model: TwoTower, settings: LossSettings, known_positives: KnownPositives | None, seed: int
+    ) -> float:
+        """The mean BCE of the validation pairs, on the scale of the training loss.
+
+        The negatives are the same every epoch, so that the curve moves with the model alone.
+        """
+        key = derive_key(seed, Purpose.VALIDATION)
+        total = 0.0
+        for begin in range(0, len(self.interactions), _LOSS_ROWS):
+            rows = slice(begin, begin + _LOSS_ROWS)
+            part = Interactions(self.interactions.user_index[rows], self.interactions.item_index[rows])
+            total += float(
+                bce_sum(model.tables, part, known_positives, settings, key=key, step=0, first_position=begin)
+            )
+        return total / (len(self.interactions) * settings.pairs)

@@ -1,0 +1,81 @@
+"""The configuration: ranges, presets, and its json."""
+
+import dataclasses
+
+import pytest
+
+from fasttower.config import PRESETS, Config
+from fasttower.errors import FastTowerError
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("seed", -1),
+        ("embedding_dim", 0),
+        ("embedding_dim", 513),
+        ("num_negatives", -1),
+        ("batch_size", 0),
+        ("epochs", 0),
+        ("threads", 0),
+        ("l2", -0.1),
+        ("l2", float("nan")),
+        ("learning_rate", 0.0),
+        ("learning_rate", float("inf")),
+        ("init_scale", -1.0),
+        ("test_fraction", 0.0),
+        ("test_fraction", 1.0),
+        ("valid_fraction", 1.0),
+        ("valid_fraction", -0.1),
+        ("min_rating", float("nan")),
+        ("min_user_interactions", -1),
+        ("k", 0),
+        ("seeds", 0),
+        ("split", "by-hand"),
+        ("device", "tpu"),
+        ("backend", "cuda"),
+        ("loss_scale", "batch"),
+    ],
+)
+def test_values_out_of_range_are_named_by_their_flag(field, value):
+    with pytest.raises(FastTowerError, match="--" + field.replace("_", "-")):
+        Config(**{field: value})
+
+
+def test_json_brings_back_what_was_asked_for():
+    config = Config(device="cuda", backend="auto", embedding_dim=64, data="ml-1m")
+    values = config.to_json(device="cpu", backend="numba")
+    assert (values["device_requested"], values["device"]) == ("cuda", "cpu")
+    assert values["init_scale"] == pytest.approx(0.0125)
+    again = Config.from_json(values)
+    assert dataclasses.replace(again, init_scale=None) == config
+
+
+def test_json_with_an_unknown_field():
+    with pytest.raises(FastTowerError, match="lerning_rate"):
+        Config.from_json({"lerning_rate": 1})
+
+
+def test_json_fields_go_over_the_base():
+    assert Config.from_json({"epochs": 3}, PRESETS["notebook"]).batch_size == 1024
+
+
+def test_the_notebook_preset_is_the_notebooks_protocol():
+    preset = PRESETS["notebook"]
+    expected = {
+        "embedding_dim": 16,
+        "init_scale": 1.0,
+        "item_bias": False,
+        "exclude_known_positives": False,
+        "l2": 0.0,
+        "learning_rate": 1e-3,
+        "batch_size": 1024,
+        "num_negatives": 10,
+        "epochs": 30,
+        "min_user_interactions": 20,
+        "test_fraction": 0.2,
+        "test_min_rating": 4,
+        "valid_fraction": 0,
+        "loss_scale": "pairs",
+    }
+    assert {name: getattr(preset, name) for name in expected} == expected

@@ -1,0 +1,181 @@
+"""The whole way from a frame of interactions to an evaluated run, and back from its directory."""
+
+import json
+import math
+
+import polars as pl
+import pytest
+import torch
+
+import fasttower
+from fasttower import Config, FastTowerError
+from fasttower.evaluation.ranking import ranking_metrics
+from fasttower_kernels.known_positives import KnownPositives
+
+CONFIG = Config(embedding_dim=4, batch_size=64, epochs=3, learning_rate=0.05, backend="torch", threads=1, k=5)
+
+
+@pytest.fixture(scope="module")
+def ratings():
+    """Users like items of their own parity; ids are strings, with leading zeros."""
+    generator = torch.Generator().manual_seed(0)
+    users = torch.randint(40, (2000,), generator=generator)
+    items = torch.randint(30, (2000,), generator=generator) * 2 + users % 2
+    return pl.DataFrame(
+        {
+            "user": [f"{user:03d}" for user in users.tolist()],
+            "item": [f"item {item}" for item in items.tolist()],
+            "rating": [float(1 + i % 5) for i in range(2000)],
+            "timestamp": list(range(2000)),
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def run(ratings):
+    return fasttower.fit(ratings, CONFIG)
+
+
+@pytest.fixture(scope="module")
+def saved(run, tmp_path_factory):
+    path = tmp_path_factory.mktemp("runs") / "first"
+    run.save(path)
+    return path
+
+
+def test_recommendations_are_in_the_callers_ids_best_first(run, ratings):
+    frame = run.recommendations
+    assert frame.columns == ["user_id", "item_id", "rating", "rank"]
+    assert set(frame["user_id"]) <= set(ratings["user"])
+    assert set(frame["item_id"]) <= set(ratings["item"])
+    for _, rows in frame.group_by("user_id"):
+        assert rows["rank"].to_list() == list(range(1, rows.height + 1))
+        assert rows["rating"].is_sorted(descending=True)
+        assert rows["item_id"].is_unique().all()
+
+
+def test_recommended_scores_are_the_models(run):
+    frame = run.recommendations.join(run.users, on="user_id").join(run.items, on="item_id")
+    scores = run.model.score(*(torch.tensor(frame[name].to_numpy()) for name in ("user_index", "item_index")))
+    torch.testing.assert_close(
+        scores.detach(), torch.tensor(frame["rating"].to_numpy()), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_seen_items_are_left_out_unless_asked_for(run, ratings):
+    fit = ratings.sort("timestamp")[:1600].select(user_id="user", item_id="item").unique()
+    assert run.recommendations.join(fit, on=["user_id", "item_id"], how="semi").is_empty()
+    kept = fasttower.fit(ratings, Config(**{**vars(CONFIG), "filter_seen": False}))
+    assert not kept.recommendations.join(fit, on=["user_id", "item_id"], how="semi").is_empty()
+    assert kept.recommendations.height == 40 * 5
+
+
+def test_the_report_equals_the_metrics_on_the_device(run, ratings):
+    truth = ratings.sort("timestamp")[1600:].select(user_id="user", item_id="item").unique()
+    truth = truth.join(run.users, on="user_id").join(run.items, on="item_id")
+    known = KnownPositives.from_pairs(
+        torch.tensor(truth["user_index"].to_numpy()),
+        torch.tensor(truth["item_index"].to_numpy()),
+        run.users.height,
+        run.items.height,
+    )
+    slots = torch.full((run.users.height, 5), -1)
+    frame = run.recommendations.join(run.users, on="user_id").join(run.items, on="item_id")
+    for user, item, rank in frame.select("user_index", "item_index", "rank").iter_rows():
+        slots[user, rank - 1] = item
+    metrics = ranking_metrics(slots, known, torch.ones(run.items.height, dtype=torch.bool), 5)
+    assert run.metrics["test"] == pytest.approx(metrics, abs=1e-6)
+
+
+def test_metrics_say_what_was_measured_on_what(run):
+    metrics = run.metrics
+    assert set(metrics["test"]) == set(metrics["popularity"])
+    assert set(metrics["timing_s"]) == {"prepare", "train", "recommend", "metrics", "total"}
+    parts = sum(seconds for stage, seconds in metrics["timing_s"].items() if stage != "total")
+    assert parts == pytest.approx(metrics["timing_s"]["total"], abs=0.05)
+    assert metrics["positives_per_s"] > 0
+    assert (metrics["device"], metrics["backend"], metrics["threads"]) == ("cpu", "torch", 1)
+    assert {"torch", "polars", "numpy", "replay-rec"} <= set(metrics["versions"])
+
+
+def test_same_seed_same_recommendations(run, ratings):
+    again = fasttower.fit(ratings, CONFIG)
+    assert again.recommendations.equals(run.recommendations)
+    assert again.metrics["test"] == pytest.approx(run.metrics["test"], abs=1e-12)  # RePlay sums in any order
+
+
+def test_order_of_columns_and_frames_library_do_not_matter(run, ratings):
+    frame = ratings.select("timestamp", "rating", "item", "user").to_pandas()
+    assert fasttower.fit(frame, CONFIG).recommendations.equals(run.recommendations)
+
+
+def test_a_run_comes_back_from_its_directory(run, saved):
+    again = fasttower.load_run(saved)
+    assert again.config == Config(**{**vars(run.config), "init_scale": run.config.resolved_init_scale})
+    assert again.users.equals(run.users)
+    assert again.items.equals(run.items)
+    assert again.recommendations.equals(run.recommendations)
+    assert again.history == run.history
+    assert again.metrics["test"] == run.metrics["test"]
+    for left, right in zip(again.model.tables, run.model.tables, strict=True):
+        assert left.equal(right)
+
+
+def test_files_of_a_run_directory(run, saved):
+    names = {path.name for path in saved.iterdir()}
+    assert names == {
+        "config.json",
+        "model.safetensors",
+        "users.parquet",
+        "items.parquet",
+        "history.jsonl",
+        "recommendations.parquet",
+        "metrics.json",
+    }
+    lines = [json.loads(line) for line in (saved / "history.jsonl").read_text().splitlines()]
+    assert len(lines) == len(run.history)
+    expected = {"phase", "epoch", "step", "train_loss", "valid_loss", "valid"}
+    assert expected | {"epoch_s", "positives_per_s", "elapsed_s"} == set(lines[0])
+    config = json.loads((saved / "config.json").read_text())
+    assert (config["device_requested"], config["device"]) == ("auto", "cpu")
+
+
+def test_a_directory_that_is_not_empty_is_refused(run, saved):
+    before = (saved / "metrics.json").read_bytes()
+    with pytest.raises(FastTowerError, match="not empty"):
+        run.save(saved)
+    assert (saved / "metrics.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("missing", ["model.safetensors", "users.parquet", "config.json"])
+def test_a_run_with_a_missing_file(run, missing, tmp_path):
+    run.save(tmp_path / "run")
+    (tmp_path / "run" / missing).unlink()
+    with pytest.raises(FastTowerError, match=missing):
+        fasttower.load_run(tmp_path / "run")
+
+
+@pytest.mark.parametrize("damaged", ["model.safetensors", "items.parquet", "metrics.json"])
+def test_a_run_with_a_damaged_file(run, damaged, tmp_path):
+    run.save(tmp_path / "run")
+    (tmp_path / "run" / damaged).write_bytes(b"nonsense")
+    with pytest.raises(FastTowerError, match="damaged"):
+        fasttower.load_run(tmp_path / "run")
+
+
+def test_several_seeds_give_means_and_deviations(run, ratings):
+    several = fasttower.fit(ratings, Config(**{**vars(CONFIG), "seeds": 3}))
+    seeds = several.metrics["test_seeds"]
+    assert len(seeds) == 3
+    assert seeds[0] == pytest.approx(run.metrics["test"], abs=1e-12)
+    assert seeds[1] != pytest.approx(seeds[0], abs=1e-6)
+    values = [seed["NDCG@5"] for seed in seeds]
+    mean = sum(values) / 3
+    assert several.metrics["test"]["NDCG@5"] == pytest.approx(mean)
+    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / 2)
+    assert several.metrics["test_std"]["NDCG@5"] == pytest.approx(deviation)
+    assert several.recommendations.equals(run.recommendations)
+
+
+def test_a_model_of_what_can_be_learned_beats_popularity(run):
+    assert run.metrics["test"]["NDCG@5"] > run.metrics["popularity"]["NDCG@5"]

@@ -1,0 +1,210 @@
+"""The command: its flags, its exit codes, and what it prints where."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+import fasttower
+from fasttower import train
+from fasttower.cli import guarded, main
+
+ROOT = Path(__file__).parent.parent
+QUICK = [
+    "--embedding-dim",
+    "4",
+    "--epochs",
+    "2",
+    "--backend",
+    "torch",
+    "--threads",
+    "1",
+    "--batch-size",
+    "256",
+]
+
+
+@pytest.fixture(scope="module")
+def csv(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "ratings.csv"
+    rows = [(f"u{i % 37}", f"i{i * i % 211}", 1 + i % 5, 1_000_000_000 + i) for i in range(3000)]
+    pl.DataFrame(rows, schema=["user", "item", "rating", "timestamp"], orient="row").write_csv(path)
+    return path
+
+
+def command(*arguments):
+    return guarded(train.run, [str(argument) for argument in arguments])
+
+
+def test_a_run_from_a_file(csv, tmp_path, capsys):
+    assert command("--data", csv, "--run-dir", tmp_path / "run", *QUICK) == 0
+    shown = capsys.readouterr().out
+    assert "popularity" in shown
+    assert "NDCG@10" in shown
+    run = fasttower.load_run(tmp_path / "run")
+    assert run.config.embedding_dim == 4
+    assert run.recommendations["user_id"].dtype == pl.String
+
+
+def test_json_alone_on_stdout(csv, tmp_path, capsys):
+    assert command("--data", csv, "--run-dir", tmp_path / "run", "--json", *QUICK) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert "popularity" in printed.err
+
+
+def test_quiet_prints_nothing(csv, tmp_path, capsys):
+    assert command("--data", csv, "--run-dir", tmp_path / "run", "--quiet", *QUICK) == 0
+    assert capsys.readouterr() == ("", "")
+
+
+def test_flags_go_over_the_config_file_over_the_preset(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"epochs": 7, "embedding_dim": 32}))
+    flags = train.read_flags(["--preset", "notebook", "--config", str(path), "--embedding-dim", "8"])
+    assert (flags.embedding_dim, flags.epochs, flags.batch_size) == (8, 7, 1024)
+
+
+def test_a_run_can_be_repeated_from_its_config(csv, tmp_path):
+    assert command("--data", csv, "--run-dir", tmp_path / "a", "--quiet", *QUICK) == 0
+    config = tmp_path / "a" / "config.json"
+    assert command("--config", config, "--run-dir", tmp_path / "b", "--quiet") == 0
+    first, second = (fasttower.load_run(tmp_path / name) for name in "ab")
+    assert first.recommendations.equals(second.recommendations)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--bogus", "1"], "--bogus"),
+        (["--epochs", "many"], "--epochs"),
+        (["--epochs", "0"], "--epochs is 0"),
+        (["--split", "by-hand"], "by-hand"),
+        (["--preset", "fast"], "--preset is fast"),
+        (["--preset"], "--preset"),
+        (["--data", "/no/such/file.csv"], "/no/such/file.csv"),
+        (["--config", "/no/such/config.json"], "/no/such/config.json"),
+        (["--device", "cuda", "--strict-device"], "--device cuda"),
+        (["--run-dir", str(ROOT)], "not empty"),
+        (["--backend", "triton", "--device", "cpu"], "triton"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(arguments, said, capsys):
+    assert command(*arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert said in printed.err
+    assert printed.err.count("\n") == 1
+
+
+def test_a_diverged_training_is_exit_code_3(csv, tmp_path, capsys):
+    assert command("--data", csv, "--run-dir", tmp_path / "run", *QUICK, "--learning-rate", "1e30") == 3
+    assert "--learning-rate" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_cuda_that_is_not_there_warns_and_goes_on(csv, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert command("--data", csv, "--run-dir", tmp_path / "run", "--device", "cuda", *QUICK) == 0
+    assert "--device cuda" in capsys.readouterr().err
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["device_requested"], config["device"]) == ("cuda", "cpu")
+
+
+@pytest.mark.parametrize("module", ["fasttower.train", "fasttower"])
+def test_ctrl_c_writes_the_run_and_exits_with_130(csv, tmp_path, module):
+    arguments = ["train"] if module == "fasttower" else []
+    arguments += ["--data", str(csv), "--run-dir", str(tmp_path / "run"), *QUICK, "--epochs", "100000"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", module, *arguments],
+        env=os.environ
+        | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stdout:
+        if line.startswith("choose   2"):
+            process.send_signal(signal.SIGINT)
+            break
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, out + err
+    assert "Traceback" not in err
+    run = fasttower.load_run(tmp_path / "run")
+    assert run.interrupted
+    assert len(run.history) >= 2
+    assert not run.recommendations.is_empty()
+
+
+def test_help_lists_every_flag_with_its_help(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.run(["--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    flags = [
+        "--data",
+        "--data-root",
+        "--user-column",
+        "--item-column",
+        "--rating-column",
+        "--timestamp-column",
+        "--run-dir",
+        "--preset",
+        "--config",
+        "--device",
+        "--strict-device",
+        "--backend",
+        "--threads",
+        "--seed",
+        "--seeds",
+        "--epochs",
+        "--batch-size",
+        "--embedding-dim",
+        "--num-negatives",
+        "--learning-rate",
+        "--l2",
+        "--item-bias",
+        "--no-item-bias",
+        "--exclude-known-positives",
+        "--no-exclude-known-positives",
+        "--init-scale",
+        "--k",
+        "--filter-seen",
+        "--no-filter-seen",
+        "--min-rating",
+        "--min-user-interactions",
+        "--min-item-interactions",
+        "--test-fraction",
+        "--test-min-rating",
+        "--valid-fraction",
+        "--refit",
+        "--no-refit",
+        "--split",
+        "--valid-data",
+        "--test-data",
+        "--quiet",
+        "--json",
+        "--version",
+    ]
+    assert [flag for flag in flags if flag not in shown] == []
+
+
+def test_version(capsys):
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    for arguments in (["--version"], ["train", "--version"]):
+        assert main(arguments) == 0
+        assert capsys.readouterr().out == f"fasttower {version}\n"
+
+
+def test_commands(capsys):
+    assert main(["--help"]) == 0
+    assert "train" in capsys.readouterr().out
+    assert main([]) == 2
+    assert main(["cook"]) == 2
+    assert "cook" in capsys.readouterr().err

@@ -1,0 +1,136 @@
+"""The training loop and the choice of the epoch."""
+
+import math
+
+import pytest
+import torch
+
+from fasttower.config import TrainingConfig
+from fasttower.errors import TrainingError
+from fasttower.model import TwoTower
+from fasttower.training.selection import TrainingData, train_model
+from fasttower.training.trainer import Observer, train
+from fasttower.training.validation import Validation
+from fasttower_kernels.known_positives import KnownPositives
+from fasttower_kernels.sampled_bce import LossSettings
+from fasttower_kernels.tables import Interactions
+
+NUM_USERS, NUM_ITEMS = 30, 40
+CONFIG = TrainingConfig(embedding_dim=4, batch_size=64, epochs=4, learning_rate=0.05, backend="torch")
+
+
+@pytest.fixture
+def data():
+    """Users like items of their own parity: something to learn."""
+    generator = torch.Generator().manual_seed(0)
+    users = torch.randint(NUM_USERS, (600,), generator=generator, dtype=torch.int32)
+    items = torch.randint(NUM_ITEMS // 2, (600,), generator=generator, dtype=torch.int32) * 2 + users % 2
+    known = KnownPositives.from_pairs(users, items, NUM_USERS, NUM_ITEMS)
+    train_rows, valid_rows = slice(0, 500), slice(500, 600)
+    parts = [Interactions(users[rows].clone(), items[rows].clone()) for rows in (train_rows, valid_rows)]
+    return TrainingData(Interactions(users, items), *parts, known)
+
+
+class Recorder(Observer):
+    """Records what it is told; stops when its number of looks is used up."""
+
+    def __init__(self, looks=math.inf):
+        self.looks, self.epochs, self.progress = looks, [], []
+
+    def on_progress(self, *arguments):
+        self.looks -= 1
+        self.progress.append(arguments)
+
+    def on_epoch(self, record):
+        self.epochs.append(record)
+
+    def should_stop(self):
+        return self.looks <= 0
+
+
+def test_history_tells_every_epoch(data):
+    observer = Recorder()
+    trained = train_model(data, CONFIG, k=5, refit=True, observer=observer)
+    assert trained.history == observer.epochs
+    chosen = [record for record in trained.history if record.phase == "choose"]
+    refitted = [record for record in trained.history if record.phase == "refit"]
+    assert [record.epoch for record in chosen] == [1, 2, 3, 4]
+    assert [record.step for record in chosen] == [8, 16, 24, 32]
+    assert len(refitted) == trained.best_epoch
+    assert chosen[-1].train_loss < chosen[0].train_loss
+    assert all(record.valid_loss > 0 and record.epoch_s > 0 for record in chosen)
+    best = max(chosen, key=lambda record: record.valid["NDCG@5"])
+    assert trained.best_epoch == best.epoch
+    assert observer.progress[-1][-2:] == (len(data.fit) * trained.best_epoch,) * 2
+
+
+def test_refit_is_training_on_fit_for_the_chosen_epochs(data):
+    trained = train_model(data, CONFIG, k=5, refit=True)
+    alone = TrainingData(data.fit, data.fit, None, data.known_positives)
+    config = TrainingConfig(**{**vars(CONFIG), "epochs": trained.best_epoch})
+    again = train_model(alone, config, k=5, refit=True)
+    assert {record.phase for record in again.history} == {"train"}
+    for left, right in zip(trained.model.tables, again.model.tables, strict=True):
+        assert left.equal(right)
+
+
+def test_without_refit_the_best_epochs_model_is_kept(data):
+    config = TrainingConfig(**{**vars(CONFIG), "learning_rate": 0.5, "epochs": 8})
+    trained = train_model(data, config, k=5, refit=False)
+    assert trained.best_epoch < 8  # else the test shows nothing
+    seen = KnownPositives.from_pairs(data.train.user_index, data.train.item_index, NUM_USERS, NUM_ITEMS)
+    metrics = Validation.of(data.valid, seen, 5).metrics(trained.model)
+    assert metrics == trained.history[trained.best_epoch - 1].valid
+
+
+def test_the_choosing_phase_does_not_see_validation_rows(data):
+    """Validation rows may be drawn as negatives and are not trained on, so changing them changes no table."""
+    other = Interactions(data.valid.user_index, (data.valid.item_index + 2) % NUM_ITEMS)
+    changed = TrainingData(data.fit, data.train, other, data.known_positives)
+    first, second = (train_model(parts, CONFIG, k=5, refit=False) for parts in (data, changed))
+    losses = [[record.train_loss for record in trained.history] for trained in (first, second)]
+    assert losses[0] == losses[1]
+
+
+def test_stopped_while_choosing(data):
+    trained = train_model(data, CONFIG, k=5, refit=True, observer=Recorder(looks=2))
+    assert trained.interrupted
+    assert [record.phase for record in trained.history] == ["choose", "choose"]
+    assert trained.best_epoch in (1, 2)
+
+
+def test_stopped_in_the_first_epoch(data, monkeypatch):
+    monkeypatch.setattr("fasttower.training.trainer._TICK_POSITIVES", 64)
+    trained = train_model(data, CONFIG, k=5, refit=True, observer=Recorder(looks=1))
+    assert trained.interrupted
+    assert trained.history == []
+    assert trained.model.infer_users().isfinite().all()
+
+
+def test_same_seed_same_model(data):
+    models = [train_model(data, CONFIG, k=5, refit=True).model for _ in range(2)]
+    for left, right in zip(models[0].tables, models[1].tables, strict=True):
+        assert left.equal(right)
+
+
+def test_a_loss_that_is_not_finite_stops_the_training(data):
+    model = TwoTower(NUM_USERS, NUM_ITEMS, 4).initialise(0, math.inf)
+    with pytest.raises(TrainingError, match="learning-rate"):
+        train(model, data.fit, data.known_positives, CONFIG, epochs=1)
+
+
+def test_validation_loss_is_the_mean_over_pairs_and_repeats(data):
+    model = TwoTower(NUM_USERS, NUM_ITEMS, 4).initialise(0, 0.0)
+    validation = Validation.of(data.valid, data.known_positives, 5)
+    for scale, expected in (("pairs", math.log(2)), ("positives", 11 * math.log(2))):
+        loss = validation.loss(model, LossSettings(10, loss_scale=scale), None, seed=1)
+        assert loss == pytest.approx(expected, rel=1e-5)
+    noisy = TwoTower(NUM_USERS, NUM_ITEMS, 4).initialise(0, 1.0)
+    first, second = (validation.loss(noisy, LossSettings(10), data.known_positives, seed=1) for _ in range(2))
+    assert first == second
+
+
+def test_validation_metrics_hide_training_items(data):
+    model = TwoTower(NUM_USERS, NUM_ITEMS, 4).initialise(0, 1.0)
+    pair = Interactions(data.fit.user_index[:1].clone(), data.fit.item_index[:1].clone())
+    assert Validation.of(pair, data.known_positives, NUM_ITEMS).metrics(model)[f"Recall@{NUM_ITEMS}"] == 0
