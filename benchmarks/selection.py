@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--data", default="ml-1m")
     parser.add_argument("--min-rating", type=float, default=3)
     parser.add_argument("--valid-fraction", type=float, default=Config().valid_fraction)
-    parser.add_argument("--batch-size", type=int, default=Config().batch_size)
+    parser.add_argument("--batch-size", type=int)
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--seeds", type=int, default=3)
     for name, values in GRID.items():

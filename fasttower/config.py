@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 from fasttower.errors import FastTowerError
 
@@ -92,8 +92,9 @@ class TrainingConfig:
     """The batch's loss is divided by its positives, or by its positive and negative pairs."""
     learning_rate: float = 0.005
     """Adam's step size."""
-    batch_size: int = 8192
-    """Positives in a batch."""
+    batch_size: int | None = None
+    """Positives in a batch; if not given, the power of two nearest to a hundredth of the interactions before
+    the test cut, from 256 to 65,536."""
     epochs: int = 30
     """Passes over the training part; at most this many where a validation part chooses."""
     backend: Backend = "auto"
@@ -106,9 +107,9 @@ class TrainingConfig:
         _check(self, "seed", 0 <= self.seed < 2**63, "a whole number from 0 to 2**63 - 1")
         _check(self, "embedding_dim", 1 <= self.embedding_dim <= 512, "1 to 512")
         _check(self, "num_negatives", self.num_negatives >= 0, "0 or more")
-        for name in ("batch_size", "epochs"):
-            _check(self, name, getattr(self, name) >= 1, "1 or more")
-        _check(self, "threads", self.threads is None or self.threads >= 1, "1 or more")
+        _check(self, "epochs", self.epochs >= 1, "1 or more")
+        for name in ("batch_size", "threads"):
+            _check(self, name, getattr(self, name) is None or getattr(self, name) >= 1, "1 or more")
         _check(self, "l2", 0 <= self.l2 < math.inf, "a finite number, 0 or more")
         # Adam divides it by 1 - beta, which must not overflow float32.
         _check(self, "learning_rate", 0 < self.learning_rate <= 1e30, "a number above 0, at most 1e30")
@@ -117,10 +118,18 @@ class TrainingConfig:
         _check(self, "loss_scale", self.loss_scale in get_args(LossScale), " or ".join(get_args(LossScale)))
         _check(self, "backend", self.backend in get_args(Backend), f"one of {', '.join(get_args(Backend))}")
 
-    @property
-    def resolved_init_scale(self) -> float:
-        """The standard deviation of the initial vectors."""
-        return 0.1 / math.sqrt(self.embedding_dim) if self.init_scale is None else self.init_scale
+    def resolved(self, num_rows: int) -> Self:
+        """The same configuration with what was left open filled in.
+
+        Args:
+            num_rows: interactions before the test cut.
+        """
+        batch_size, init_scale = self.batch_size, self.init_scale
+        if batch_size is None:
+            batch_size = min(max(2 ** round(math.log2(max(num_rows, 1) / 100)), 256), 65_536)
+        if init_scale is None:
+            init_scale = 0.1 / math.sqrt(self.embedding_dim)
+        return dataclasses.replace(self, batch_size=batch_size, init_scale=init_scale)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +189,6 @@ class Config(TrainingConfig, DataConfig):
         return {
             **asdict(self),
             "data_root": None if self.data_root is None else str(self.data_root),
-            "init_scale": self.resolved_init_scale,
             "device_requested": self.device,
             "device": device,
             "backend_requested": self.backend,

@@ -86,6 +86,7 @@ def fit(
             config.data if data is None or isinstance(data, str | Path) else data, config, config.seed
         )
         training_data = to_training_data(prepared, device)
+        config = config.resolved(len(training_data.fit))
         clock.lap("prepare")
         observer.on_prepared(prepared, config)
         observer.on_training(str(device), backend, why, threads)

@@ -28,7 +28,7 @@ class Run:
         model: the trained model.
         users: user_id (as it came), user_index (Int32); sorted by id.
         items: item_id, item_index; likewise.
-        config: as asked for.
+        config: as asked for, with what was left open filled in.
         device: where the training ran.
         backend: the implementation of the training step that ran.
         history: the record of every epoch.

@@ -1,7 +1,5 @@
 """The configuration: ranges, presets, and its json."""
 
-import dataclasses
-
 import pytest
 
 from fasttower.config import PRESETS, Config
@@ -46,9 +44,19 @@ def test_json_brings_back_what_was_asked_for():
     config = Config(device="cuda", backend="auto", embedding_dim=64, data="ml-1m")
     values = config.to_json(device="cpu", backend="numba")
     assert (values["device_requested"], values["device"]) == ("cuda", "cpu")
-    assert values["init_scale"] == pytest.approx(0.0125)
-    again = Config.from_json(values)
-    assert dataclasses.replace(again, init_scale=None) == config
+    assert Config.from_json(values) == config
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch_size"),
+    [(1, 256), (25_000, 256), (80_000, 1024), (669_182, 8192), (16_000_000, 65_536), (10**10, 65_536)],
+)
+def test_what_is_left_open_is_filled_in(rows, batch_size):
+    config = Config(embedding_dim=64).resolved(rows)
+    assert config.batch_size == batch_size
+    assert config.init_scale == pytest.approx(0.0125)
+    asked = Config(batch_size=3, init_scale=2.0)
+    assert asked.resolved(rows) == asked
 
 
 def test_json_with_an_unknown_field():

@@ -66,6 +66,7 @@ def train_model(
     Raises:
         TrainingError: the loss is not finite.
     """
+    config = config.resolved(len(data.fit))  # both phases share what depends on the size
     if data.valid is None:
         model = _new_model(data, config)
         history = train(
@@ -110,8 +111,9 @@ def train_model(
 
 def _new_model(data: TrainingData, config: TrainingConfig) -> TwoTower:
     known = data.known_positives
+    assert config.init_scale is not None  # it is resolved
     model = TwoTower(known.num_users, known.num_items, config.embedding_dim, item_bias=config.item_bias)
-    return model.initialise(config.seed, config.resolved_init_scale).to(known.items.device)
+    return model.initialise(config.seed, config.init_scale).to(known.items.device)
 
 
 def _restore(tables: Tables, saved: list[torch.Tensor]) -> None:

@@ -94,14 +94,16 @@ def train(
     Raises:
         TrainingError: the loss is not finite.
     """
+    num_rows = len(interactions)
+    batch_size = config.resolved(num_rows).batch_size
+    assert batch_size is not None  # it is resolved
     loss = LossSettings(config.num_negatives, config.l2, config.loss_scale)
-    settings = StepSettings(loss, config.learning_rate, config.batch_size, config.seed)
+    settings = StepSettings(loss, config.learning_rate, batch_size, config.seed)
     excluded = known_positives if config.exclude_known_positives else None
     state = TrainState.start(model.tables)
-    num_rows = len(interactions)
-    per_epoch = steps_per_epoch(num_rows, config.batch_size)
+    per_epoch = steps_per_epoch(num_rows, batch_size)
     device = interactions.user_index.device
-    tick = per_epoch if device.type == "cuda" else max(1, _TICK_POSITIVES // config.batch_size)
+    tick = per_epoch if device.type == "cuda" else max(1, _TICK_POSITIVES // batch_size)
 
     records: list[EpochRecord] = []
     began = time.perf_counter()
@@ -118,7 +120,7 @@ def train(
                 num_steps=min(tick, per_epoch - batch),
                 backend=config.backend,
             )
-            done = epoch * num_rows + min(num_rows, (batch + tick) * config.batch_size)
+            done = epoch * num_rows + min(num_rows, (batch + tick) * batch_size)
             observer.on_progress(phase, epoch + 1, epochs, done, epochs * num_rows)
             if observer.should_stop() and batch + tick < per_epoch:
                 return records
