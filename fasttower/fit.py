@@ -12,6 +12,7 @@ import polars as pl
 import torch
 
 from fasttower.config import Config
+from fasttower.data.catalog import Progress
 from fasttower.data.preparation import PreparedData, prepare
 from fasttower.device import choose_device, cpu_threads
 from fasttower.evaluation.popularity import most_popular
@@ -37,6 +38,10 @@ if TYPE_CHECKING:
 
 class FitObserver(Observer):
     """What `fit` tells besides the trainer's progress; silent as it is, every method may be overridden."""
+
+    def download_progress(self) -> Progress | None:
+        """What a download reports to; None for nothing."""
+        return None
 
     def on_warning(self, line: str) -> None:
         """Called with a line that the user should see."""
@@ -195,17 +200,8 @@ def _report(
     recommendations: pl.DataFrame, prepared: PreparedData, k: int, by: Literal["rank", "rating"] = "rank"
 ) -> dict[str, float]:
     """RePlay's metrics of the test users, in original ids."""
-    test, fit = (_original_ids(frame, prepared) for frame in (prepared.test, prepared.fit))
+    test, fit = (prepared.original_ids(frame) for frame in (prepared.test, prepared.fit))
     return replay_metrics(recommendations, test, fit, k, by)
-
-
-def _original_ids(frame: pl.DataFrame, prepared: PreparedData) -> pl.DataFrame:
-    return pl.DataFrame(
-        [
-            prepared.users["user_id"].gather(frame["user_index"]),
-            prepared.items["item_id"].gather(frame["item_index"]),
-        ]
-    )
 
 
 class _Clock:

@@ -16,6 +16,35 @@ from fasttower.run import Run
 from fasttower.training.trainer import EpochRecord
 
 
+class DownloadBar:
+    """A bar of a progress display, moved by a download.
+
+    Attributes:
+        total: bytes to come; 0 until they are known.
+    """
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._bar: TaskID | None = None
+        self.total = 0
+
+    def update(self, count: int) -> None:
+        """`count` more bytes have come."""
+        if self._bar is None:
+            self._bar = self._progress.add_task("download", speed="")
+        self._progress.update(self._bar, total=self.total, advance=count)
+
+    def reset(self) -> None:
+        """Start over."""
+        if self._bar is not None:
+            self._progress.reset(self._bar)
+
+    def close(self) -> None:
+        """Everything has come."""
+        if self._bar is not None:
+            self._progress.update(self._bar, completed=self.total)
+
+
 class ConsoleObserver(FitObserver):
     """Tables and a progress bar on the terminal.
 
@@ -57,6 +86,10 @@ class ConsoleObserver(FitObserver):
     def should_stop(self) -> bool:
         """Whether `stop` was called."""
         return self._stop
+
+    def download_progress(self) -> DownloadBar:
+        """A bar for the bytes of a download."""
+        return DownloadBar(self._progress)
 
     def on_warning(self, line: str) -> None:
         """Show a line that must not be missed, on stderr, even when quiet."""

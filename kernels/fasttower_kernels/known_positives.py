@@ -54,7 +54,7 @@ class KnownPositives:
         pairs = user_index.cpu().numpy().astype(np.int64)
         pairs *= num_items
         pairs += item_index.cpu().numpy()
-        pairs.sort()
+        pairs.sort(kind="stable")  # a file sorted by user and item, as MovieLens is by user, costs nothing
         if len(pairs) > 1:
             first = np.empty(len(pairs), dtype=bool)
             first[0] = True

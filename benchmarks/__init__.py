@@ -1,0 +1,1 @@
+"""Measurements beside a baseline in the same run; each module is a command: `python -m benchmarks.NAME`."""

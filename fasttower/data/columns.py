@@ -1,0 +1,75 @@
+"""Which column of a table is the user, the item, the rating and the timestamp."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from fasttower.errors import FastTowerError
+
+# The names that published data sets use, by preference; compared without case, "_", "-" and spaces.
+_ALIASES = {
+    "user_id": (
+        "userid",
+        "user",
+        "uid",
+        "queryid",
+        "reviewerid",
+        "customerid",
+        "visitorid",
+        "userindex",
+        "useridx",
+    ),
+    "item_id": (
+        *("itemid", "item", "iid", "movieid", "movie", "productid", "parentasin", "asin", "businessid"),
+        *("bookid", "isbn", "trackid", "songid", "artistid", "articleid", "gameid", "itemindex", "itemidx"),
+    ),
+    "rating": ("rating", "ratings", "userrating", "overall", "stars", "score", "bookrating"),
+    "timestamp": ("timestamp", "ts", "time", "datetime", "date", "unixreviewtime", "eventtime", "createdat"),
+}
+_REQUIRED = ("user_id", "item_id")
+
+# Files without a header have the columns of MovieLens, in its order.
+POSITIONAL = ("user_id", "item_id", "rating", "timestamp")
+
+
+def find_columns(found: Sequence[str], asked: Mapping[str, str | None], name: str) -> dict[str, str]:
+    """Map each of `user_id`, `item_id`, `rating`, `timestamp` that the table has to its own column.
+
+    Args:
+        found: the table's columns.
+        asked: what the caller says about each; None leaves it to the known names.
+        name: the table, for errors.
+
+    Raises:
+        FastTowerError: no column of users or items, or a column that was asked for is not there.
+    """
+    # RecBole writes the type behind the name: "user_id:token".
+    bare = {
+        column.removeprefix("\ufeff").split(":", maxsplit=1)[0].strip(): column for column in reversed(found)
+    }
+    plain = {re.sub(r"[\s_\-]", "", column).lower(): original for column, original in bare.items()}
+    listing = ", ".join(repr(column) for column in found[:20])
+    mapping: dict[str, str] = {}
+    for role, aliases in _ALIASES.items():
+        flag = f"--{role.removesuffix('_id')}-column"
+        wanted = asked.get(role)
+        if wanted is not None:
+            column = wanted if wanted in found else bare.get(wanted)
+            if column is None:
+                raise FastTowerError(f"{name}: no column {wanted!r} ({flag}); its columns are {listing}")
+        else:
+            column = next((plain[alias] for alias in aliases if alias in plain), None)
+            if column is None and role in _REQUIRED:
+                kind = role.removesuffix("_id")
+                raise FastTowerError(
+                    f"{name}: no column of {kind} ids is known among {listing}; name it with {flag}"
+                    " (or is its separator another, or its header missing?)"
+                )
+        if column is not None:
+            mapping[role] = column
+    if len(set(mapping.values())) < len(mapping):
+        raise FastTowerError(
+            f"{name}: one column cannot be two things, {mapping}; name them with --user-column ..."
+        )
+    return mapping
