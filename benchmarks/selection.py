@@ -2,10 +2,10 @@
 
     FASTTOWER_DATA=... python -m benchmarks.selection --output benchmarks/results/selection-ml-1m.json
 
-Every point of the grid is trained for several seeds and several validation cuts, each cut putting another share
-of the end of the time line aside, since one cut alone has few users. The curves of the validation NDCG@10 are
-averaged; a point's value is their mean over the later half of the epochs, so that a flat curve, on which the
-epoch matters little, goes before a peak. The test part is never read.
+Every point of the grid is trained for several seeds and several validation cuts, each cut putting another
+share of the end of the time line aside, since one cut alone has few users. The curves of the validation
+NDCG@10 are averaged; a point's value is their mean over the later half of the epochs, so that a flat curve, on
+which the epoch matters little, goes before a peak. The test part is never read.
 """
 
 from __future__ import annotations
@@ -67,7 +67,12 @@ def main() -> None:
         curves = {}  # by cut, averaged over seeds
         for fraction, data in cuts.items():
             histories = [
-                train_model(data, dataclasses.replace(base, **point, seed=seed), k=10, refit=False).history
+                train_model(
+                    data,
+                    dataclasses.replace(base, **{**point, "l2": (point["l2"],)}, seed=seed),
+                    k=10,
+                    refit=False,
+                ).history
                 for seed in range(arguments.seeds)
             ]
             curves[fraction] = [

@@ -76,7 +76,7 @@ class TrainingConfig:
 
     seed: int = 0
     """Seed of every draw, 0 <= seed < 2**63: the same seed gives the same run."""
-    embedding_dim: int = 16
+    embedding_dim: int = 32
     """Dimensions of the user and item vectors, 1 to 512."""
     item_bias: bool = True
     """Add a learned bias per item to the logit."""
@@ -86,11 +86,12 @@ class TrainingConfig:
     """Negatives drawn for each positive."""
     exclude_known_positives: bool = True
     """Draw negatives from the items that the user has not touched, exactly."""
-    l2: float = 0.03
-    """L2 on the vectors of a positive and its negatives, added to the loss of each positive."""
+    l2: tuple[float, ...] = (0.06, 0.03, 0.1)
+    """L2 on the vectors of a positive and its negatives, added to the loss of each positive. The validation
+    part chooses among several values; without one the first counts."""
     loss_scale: LossScale = "positives"
     """The batch's loss is divided by its positives, or by its positive and negative pairs."""
-    learning_rate: float = 0.005
+    learning_rate: float = 0.01
     """Adam's step size."""
     batch_size: int | None = None
     """Positives in a batch; if not given, the power of two nearest to a hundredth of the interactions before
@@ -110,7 +111,8 @@ class TrainingConfig:
         _check(self, "epochs", self.epochs >= 1, "1 or more")
         for name in ("batch_size", "threads"):
             _check(self, name, getattr(self, name) is None or getattr(self, name) >= 1, "1 or more")
-        _check(self, "l2", 0 <= self.l2 < math.inf, "a finite number, 0 or more")
+        l2 = self.l2
+        _check(self, "l2", bool(l2) and all(0 <= value < math.inf for value in l2), "numbers, 0 or more")
         # Adam divides it by 1 - beta, which must not overflow float32.
         _check(self, "learning_rate", 0 < self.learning_rate <= 1e30, "a number above 0, at most 1e30")
         scale = self.init_scale
@@ -177,9 +179,11 @@ class Config(TrainingConfig, DataConfig):
                 f"the configuration has no field {', '.join(unknown)}; "
                 f"its fields are {', '.join(sorted(known))}."
             )
-        if merged.get("data_root") is not None:
-            merged["data_root"] = Path(merged["data_root"])
         try:
+            if merged.get("data_root") is not None:
+                merged["data_root"] = Path(merged["data_root"])
+            if "l2" in merged:
+                merged["l2"] = tuple(merged["l2"])
             return dataclasses.replace(base or cls(), **merged)
         except TypeError as error:
             raise FastTowerError(f"the configuration has a value of the wrong type: {error}.") from error
@@ -216,7 +220,7 @@ PRESETS: dict[Preset, Config] = {
         init_scale=1.0,
         num_negatives=10,
         exclude_known_positives=False,
-        l2=0.0,
+        l2=(0.0,),
         loss_scale="pairs",
         learning_rate=1e-3,
         batch_size=1024,

@@ -125,6 +125,7 @@ def fit(
     metrics: dict[str, Any] = {
         "test": {name: statistics.fmean(report[name] for report in reports) for name in reports[0]},
         "popularity": popularity,
+        "l2": trained.l2,
         "best_epoch": trained.best_epoch,
         "interrupted": trained.interrupted,
         "test_users": prepared.test["user_index"].n_unique(),

@@ -134,7 +134,7 @@ class ConsoleObserver(FitObserver):
 
     def on_epoch(self, record: EpochRecord) -> None:
         """Show an epoch in one line."""
-        parts = [f"{record.phase:6s} {record.epoch:3d}", f"loss {record.train_loss:.4f}"]
+        parts = [f"{record.phase:6s} {record.epoch:3d}", f"L2 {record.l2:g}", f"loss {record.train_loss:.4f}"]
         if record.valid_loss is not None:
             parts.append(f"valid {record.valid_loss:.4f}")
         parts += [f"{name} {value:.4f}" for name, value in record.valid.items() if name.startswith("NDCG")]
@@ -145,7 +145,8 @@ class ConsoleObserver(FitObserver):
         """Show the metrics beside popularity's, the times, and where the run is."""
         metrics = run.metrics
         table = Table(
-            title=f"test part, {metrics['test_users']:,} users, best epoch {metrics['best_epoch']}",
+            title=f"test part, {metrics['test_users']:,} users; L2 {metrics['l2']:g}, "
+            f"{metrics['best_epoch']} epochs",
             title_justify="left",
         )
         table.add_column("metric")

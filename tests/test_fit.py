@@ -12,7 +12,9 @@ from fasttower import Config, FastTowerError
 from fasttower.evaluation.ranking import ranking_metrics
 from fasttower_kernels.known_positives import KnownPositives
 
-CONFIG = Config(embedding_dim=4, batch_size=64, epochs=3, learning_rate=0.05, backend="torch", threads=1, k=5)
+CONFIG = Config(
+    embedding_dim=4, batch_size=64, epochs=3, learning_rate=0.05, backend="torch", l2=(0.03,), threads=1, k=5
+)
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +137,7 @@ def test_files_of_a_run_directory(run, saved):
     }
     lines = [json.loads(line) for line in (saved / "history.jsonl").read_text().splitlines()]
     assert len(lines) == len(run.history)
-    expected = {"phase", "epoch", "step", "train_loss", "valid_loss", "valid"}
+    expected = {"phase", "l2", "epoch", "step", "train_loss", "valid_loss", "valid"}
     assert expected | {"epoch_s", "positives_per_s", "elapsed_s"} == set(lines[0])
     config = json.loads((saved / "config.json").read_text())
     assert (config["device_requested"], config["device"]) == ("auto", "cpu")

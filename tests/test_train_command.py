@@ -21,6 +21,8 @@ QUICK = [
     "4",
     "--epochs",
     "2",
+    "--l2",
+    "0.03",
     "--backend",
     "torch",
     "--threads",

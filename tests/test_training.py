@@ -16,7 +16,9 @@ from fasttower_kernels.sampled_bce import LossSettings
 from fasttower_kernels.tables import Interactions
 
 NUM_USERS, NUM_ITEMS = 30, 40
-CONFIG = TrainingConfig(embedding_dim=4, batch_size=64, epochs=4, learning_rate=0.05, backend="torch")
+CONFIG = TrainingConfig(
+    embedding_dim=4, batch_size=64, epochs=4, learning_rate=0.05, l2=(0.03,), backend="torch"
+)
 
 
 @pytest.fixture
@@ -74,6 +76,33 @@ def test_refit_is_training_on_fit_for_the_chosen_epochs(data):
         assert left.equal(right)
 
 
+def test_the_validation_part_chooses_l2(data):
+    config = TrainingConfig(**{**vars(CONFIG), "l2": (3.0, 0.0, 0.02)})
+    trained = train_model(data, config, k=5, refit=True)
+    chosen = [record for record in trained.history if record.phase == "choose"]
+    assert [record.l2 for record in chosen] == [3.0] * 4 + [0.0] * 4 + [0.02] * 4
+    best = max(chosen, key=lambda record: record.valid["NDCG@5"])
+    assert (trained.l2, trained.best_epoch) == (best.l2, best.epoch)
+    assert trained.l2 != 3.0  # it keeps every vector at zero
+    assert {record.l2 for record in trained.history if record.phase == "refit"} == {trained.l2}
+
+
+def test_each_l2_starts_anew(data):
+    several = train_model(data, TrainingConfig(**{**vars(CONFIG), "l2": (0.1, 0.03)}), k=5, refit=False)
+    alone = train_model(data, CONFIG, k=5, refit=False)
+    losses = [[record.train_loss for record in trained.history][-4:] for trained in (several, alone)]
+    assert losses[0] == losses[1]
+
+
+def test_without_a_validation_part_the_first_l2_counts(data):
+    config = TrainingConfig(**{**vars(CONFIG), "l2": (0.1, 0.03)})
+    trained = train_model(
+        TrainingData(data.fit, data.fit, None, data.known_positives), config, k=5, refit=True
+    )
+    assert {record.l2 for record in trained.history} == {trained.l2} == {0.1}
+    assert trained.best_epoch == len(trained.history) == 4
+
+
 def test_without_refit_the_best_epochs_model_is_kept(data):
     config = TrainingConfig(**{**vars(CONFIG), "learning_rate": 0.5, "epochs": 8})
     trained = train_model(data, config, k=5, refit=False)
@@ -116,7 +145,7 @@ def test_same_seed_same_model(data):
 def test_a_loss_that_is_not_finite_stops_the_training(data):
     model = TwoTower(NUM_USERS, NUM_ITEMS, 4).initialise(0, math.inf)
     with pytest.raises(TrainingError, match="learning-rate"):
-        train(model, data.fit, data.known_positives, CONFIG, epochs=1)
+        train(model, data.fit, data.known_positives, CONFIG, l2=0.03, epochs=1)
 
 
 def test_validation_loss_is_the_mean_over_pairs_and_repeats(data):

@@ -28,6 +28,7 @@ class EpochRecord:
 
     Attributes:
         phase: "choose", "refit" or "train".
+        l2: the weight of the L2 term.
         epoch: from 1.
         step: training steps done so far.
         train_loss: mean BCE of the epoch.
@@ -39,6 +40,7 @@ class EpochRecord:
     """
 
     phase: str
+    l2: float
     epoch: int
     step: int
     train_loss: float
@@ -69,6 +71,7 @@ def train(
     known_positives: KnownPositives,
     config: TrainingConfig,
     *,
+    l2: float,
     epochs: int,
     phase: str = "train",
     validation: Validation | None = None,
@@ -82,6 +85,7 @@ def train(
         interactions: the n positives, on the same device.
         known_positives: of the same part; left out of the negatives if the configuration says so.
         config: of the loss, the optimiser and the batches.
+        l2: the weight of the L2 term, one of the configuration's.
         epochs: passes over the interactions.
         phase: the name that the records carry.
         validation: what to watch after each epoch.
@@ -97,7 +101,7 @@ def train(
     num_rows = len(interactions)
     batch_size = config.resolved(num_rows).batch_size
     assert batch_size is not None  # it is resolved
-    loss = LossSettings(config.num_negatives, config.l2, config.loss_scale)
+    loss = LossSettings(config.num_negatives, l2, config.loss_scale)
     settings = StepSettings(loss, config.learning_rate, batch_size, config.seed)
     excluded = known_positives if config.exclude_known_positives else None
     state = TrainState.start(model.tables)
@@ -133,6 +137,7 @@ def train(
             )
         record = EpochRecord(
             phase=phase,
+            l2=l2,
             epoch=epoch + 1,
             step=(epoch + 1) * per_epoch,
             train_loss=train_loss,
