@@ -5,7 +5,8 @@ import torch
 
 from fasttower_kernels.known_positives import KnownPositives
 from fasttower_kernels.negatives import sample_negatives
-from fasttower_kernels.sampled_bce import LossSettings, bce_sum, train_step
+from fasttower_kernels.sampled_bce import LossSettings
+from fasttower_kernels.sampled_bce.reference import bce_sum, train_step
 from fasttower_kernels.tables import Interactions, Tables, padded
 
 KEY = (5, 6)

@@ -16,7 +16,7 @@ from fasttower_kernels.errors import FastTowerError
 Backend = Literal["auto", "triton", "numba", "torch"]
 
 # The device that a backend runs on, and the package that it needs.
-_NEEDS = {"numba": ("cpu", "numba")}
+_NEEDS = {"numba": ("cpu", "numba"), "triton": ("cuda", "triton")}
 
 
 def choose_backend(backend: Backend, device: torch.device) -> tuple[str, str]:

@@ -1,6 +1,94 @@
 """Sampled BCE: a positive and its drawn negatives, scored by dot product, against labels 1 and 0."""
 
-from fasttower_kernels.sampled_bce.reference import bce_sum, train_step
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from fasttower_kernels.backends import Backend, choose_backend
+from fasttower_kernels.known_positives import KnownPositives
+from fasttower_kernels.philox import Key
+from fasttower_kernels.sampled_bce import reference
 from fasttower_kernels.sampled_bce.settings import LossSettings
+from fasttower_kernels.tables import Interactions, Tables
 
 __all__ = ["LossSettings", "bce_sum", "train_step"]
+
+
+def train_step(
+    parameters: Tables,
+    gradients: Tables,
+    batch: Interactions,
+    known_positives: KnownPositives | None,
+    settings: LossSettings,
+    *,
+    key: Key,
+    step: int,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Add the gradients of a batch's loss to ``gradients``.
+
+    Args:
+        parameters: users (U, P), items (I, P) and item bias (I,) or None, float32.
+        gradients: of the same shapes.
+        batch: the B positives.
+        known_positives: what negatives leave out; None draws from the whole catalogue.
+        settings: of the loss.
+        key: of the stream of negatives.
+        step: t, the training step.
+        backend: the implementation.
+
+    Returns:
+        Scalar, float32 or float64: the sum of the BCE part over the batch's pairs.
+    """
+    run = _implementation(backend, parameters.users.device).train_step
+    bce: Tensor = run(parameters, gradients, batch, known_positives, settings, key=key, step=step)
+    return bce
+
+
+def bce_sum(
+    parameters: Tables,
+    batch: Interactions,
+    known_positives: KnownPositives | None,
+    settings: LossSettings,
+    *,
+    key: Key,
+    step: int,
+    first_position: int = 0,
+    backend: Backend = "auto",
+) -> Tensor:
+    """The sum of the BCE part alone, without gradients: what the validation loss is made of.
+
+    Args:
+        parameters: as in `train_step`.
+        batch: the B positives.
+        known_positives: as in `train_step`.
+        settings: of the loss.
+        key: of the stream of negatives.
+        step: t.
+        first_position: the batch position of the first positive, where a batch is handled in parts.
+        backend: the implementation.
+
+    Returns:
+        Scalar, float32 or float64.
+    """
+    run = _implementation(backend, parameters.users.device).bce_sum
+    bce: Tensor = run(
+        parameters, batch, known_positives, settings, key=key, step=step, first_position=first_position
+    )
+    return bce
+
+
+def _implementation(backend: Backend, device: torch.device) -> ModuleType:
+    name, _ = choose_backend(backend, device)
+    if name == "numba":
+        from fasttower_kernels.sampled_bce import numba_cpu  # noqa: PLC0415 - numba is optional
+
+        return numba_cpu
+    if name == "triton":
+        from fasttower_kernels.sampled_bce import triton_gpu  # noqa: PLC0415 - Triton is optional
+
+        return triton_gpu
+    return reference

@@ -60,6 +60,10 @@ def run_steps(
         from fasttower_kernels.train_steps import numba_cpu  # noqa: PLC0415 - numba is optional
 
         run = numba_cpu.run_steps
+    elif name == "triton":
+        from fasttower_kernels.train_steps import triton_gpu  # noqa: PLC0415 - Triton is optional
+
+        run = triton_gpu.run_steps
     else:
         run = reference.run_steps
     return run(state, interactions, known_positives, settings, first_step=first_step, num_steps=num_steps)

@@ -1,0 +1,255 @@
+"""The training step on the CPU beside its baselines: `python -m benchmarks.training_step`.
+
+The shape is MovieLens 1M's with Zipf-distributed items. Each way trains in turns of some steps, one after
+another and again; the best turn counts, in CPU time, so that a busy machine disturbs all of them alike.
+The ways:
+
+    numba               the fused backend with plain sampling, shuffle and gather included
+    numba_exclusion     the same with known positives left out and an item bias
+    torch               fasttower's plain torch reference, plain sampling
+    eager_mulsum        a well-written torch loop: autograd, fused Adam, dot products as (u * v).sum(-1)
+    eager_bmm           the same with torch.bmm
+    compile             eager_mulsum's loss through torch.compile (--compile)
+    dataloader          a Dataset that draws negatives row by row, behind a DataLoader (--dataloader)
+    c_limit             benchmarks/c_limit.c through gcc where it is there: no shuffle, no exclusion, no bias
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import platform
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812 - its usual name
+
+from fasttower_kernels.known_positives import KnownPositives
+from fasttower_kernels.sampled_bce import LossSettings
+from fasttower_kernels.tables import Interactions, Tables
+from fasttower_kernels.train_steps import StepSettings, TrainState, run_steps, steps_per_epoch
+
+NUM_USERS, NUM_ITEMS, NUM_ROWS, NUM_NEGATIVES = 6_040, 3_706, 1_000_000, 10
+LEARNING_RATE = 1e-3
+SHAPES = ((16, 1024), (16, 8192), (64, 1024), (64, 8192))
+
+Steps = Callable[[int], Any]
+"""Trains that many steps."""
+
+
+def make_interactions() -> Interactions:
+    rng = np.random.default_rng(0)
+    weight = 1 / np.arange(1, NUM_ITEMS + 1) ** 0.9
+    users = rng.integers(0, NUM_USERS, NUM_ROWS, dtype=np.int32)
+    items = rng.choice(NUM_ITEMS, NUM_ROWS, p=weight / weight.sum()).astype(np.int32)
+    return Interactions(torch.from_numpy(users), torch.from_numpy(items))
+
+
+def make_tables(dim: int, *, item_bias: bool = False) -> Tables:
+    generator = torch.Generator().manual_seed(0)
+    users, items = (
+        torch.randn(rows, dim, generator=generator) * 0.1 / dim**0.5 for rows in (NUM_USERS, NUM_ITEMS)
+    )
+    return Tables(users, items, torch.zeros(NUM_ITEMS) if item_bias else None)
+
+
+def fasttower_way(
+    backend: str, dim: int, batch_size: int, interactions: Interactions, known: KnownPositives | None = None
+) -> Steps:
+    state = TrainState.start(make_tables(dim, item_bias=known is not None))
+    settings = StepSettings(LossSettings(NUM_NEGATIVES), LEARNING_RATE, batch_size, seed=1)
+    per_epoch = steps_per_epoch(NUM_ROWS, batch_size)
+    done = 0
+
+    def steps(count: int) -> None:
+        nonlocal done
+        if done % per_epoch + count > per_epoch:
+            done += per_epoch - done % per_epoch
+        run_steps(state, interactions, known, settings, first_step=done, num_steps=count, backend=backend)
+        done += count
+
+    return steps
+
+
+def loss_mulsum(users, items, user_index, item_index, labels):
+    return F.binary_cross_entropy_with_logits(
+        (users[user_index][:, None] * items[item_index]).sum(-1), labels
+    )
+
+
+def loss_bmm(users, items, user_index, item_index, labels):
+    logits = torch.bmm(items[item_index], users[user_index][:, :, None])[:, :, 0]
+    return F.binary_cross_entropy_with_logits(logits, labels)
+
+
+def torch_way(loss_of: Callable[..., Any], dim: int, batch_size: int, interactions: Interactions) -> Steps:
+    tables = make_tables(dim)
+    parameters = [torch.nn.Parameter(tables.users), torch.nn.Parameter(tables.items)]
+    optimiser = torch.optim.Adam(parameters, lr=LEARNING_RATE, fused=True)
+    labels = torch.zeros(batch_size, 1 + NUM_NEGATIVES)
+    labels[:, 0] = 1
+    users, items = interactions.user_index.long(), interactions.item_index.long()
+    order = torch.randperm(NUM_ROWS)
+    done = 0
+
+    def steps(count: int) -> None:
+        nonlocal done
+        for _ in range(count):
+            rows = order[done * batch_size % (NUM_ROWS - batch_size) :][:batch_size]
+            done += 1
+            negatives = torch.randint(NUM_ITEMS, (batch_size, NUM_NEGATIVES))
+            item_index = torch.cat([items[rows][:, None], negatives], dim=1)
+            optimiser.zero_grad(set_to_none=True)
+            loss_of(*parameters, users[rows], item_index, labels).backward()
+            optimiser.step()
+
+    return steps
+
+
+class DrawnRows(torch.utils.data.Dataset):
+    """A positive and its negatives a row, as notebooks draw them."""
+
+    def __init__(self, interactions: Interactions) -> None:
+        self.users, self.items = interactions.user_index.numpy(), interactions.item_index.numpy()
+
+    def __len__(self) -> int:
+        return len(self.users)
+
+    def __getitem__(self, row: int) -> tuple[int, Any, Any]:
+        negatives = np.random.randint(0, NUM_ITEMS, NUM_NEGATIVES)
+        return (
+            int(self.users[row]),
+            np.concatenate([[self.items[row]], negatives]),
+            np.array([1.0] + [0.0] * NUM_NEGATIVES, dtype=np.float32),
+        )
+
+
+def dataloader_way(dim: int, batch_size: int, interactions: Interactions) -> Steps:
+    tables = make_tables(dim)
+    parameters = [torch.nn.Parameter(tables.users), torch.nn.Parameter(tables.items)]
+    optimiser = torch.optim.Adam(parameters, lr=LEARNING_RATE)
+    loader = torch.utils.data.DataLoader(DrawnRows(interactions), batch_size=batch_size, shuffle=True)
+    batches = iter(loader)
+
+    def steps(count: int) -> None:
+        nonlocal batches
+        for _ in range(count):
+            batch = next(batches, None)
+            if batch is None:
+                batches = iter(loader)
+                batch = next(batches)
+            users, items, labels = batch
+            optimiser.zero_grad()
+            loss_mulsum(*parameters, users, items, labels).backward()
+            optimiser.step()
+
+    return steps
+
+
+def c_way(dim: int, batch_size: int, interactions: Interactions, folder: Path) -> Steps:
+    library = folder / f"c_limit_{dim}.so"
+    if not library.exists():
+        flags = ["-O3", "-march=native", "-mprefer-vector-width=512", "-ffast-math", "-shared", "-fPIC"]
+        source = Path(__file__).with_name("c_limit.c")
+        macros = [f"-DD={dim}", f"-DN={NUM_NEGATIVES}"]
+        subprocess.run(["gcc", *flags, *macros, source, "-o", library, "-lm"], check=True)
+    run = ctypes.CDLL(str(library)).run_steps
+    run.restype = ctypes.c_double
+    state = TrainState.start(make_tables(dim))
+    groups = (state.parameters, state.gradients, state.moments_1, state.moments_2)
+    pointers = (ctypes.c_void_p * 8)(*(table.data_ptr() for group in groups for table in group))
+    rows = (ctypes.c_int64 * 2)(NUM_USERS, NUM_ITEMS)
+    done = 0
+
+    def steps(count: int) -> None:
+        nonlocal done
+        assert state is not None  # its tables must outlive the pointers
+        run(
+            pointers,
+            rows,
+            ctypes.c_void_p(interactions.user_index.data_ptr()),
+            ctypes.c_void_p(interactions.item_index.data_ptr()),
+            ctypes.c_int64(NUM_ROWS),
+            ctypes.c_int64(batch_size),
+            ctypes.c_uint32(1),
+            ctypes.c_uint32(0),
+            ctypes.c_double(LEARNING_RATE),
+            ctypes.c_int64(done),
+            ctypes.c_int64(count),
+        )
+        done += count
+
+    return steps
+
+
+def best_ns(ways: dict[str, Steps], batch_size: int, repeats: int) -> dict[str, float]:
+    """CPU nanoseconds a positive of each way's best turn, in turns."""
+    best = dict.fromkeys(ways, float("inf"))
+    for steps in ways.values():
+        steps(2)
+    for _ in range(repeats):
+        for name, steps in ways.items():
+            fused = name.startswith(("numba", "c_"))
+            count = max(2, (65_536 if fused else 16_384) // batch_size)
+            start = time.process_time_ns()
+            steps(count)
+            best[name] = min(best[name], (time.process_time_ns() - start) / (count * batch_size))
+    return best
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--repeats", type=int, default=15, help="turns of each way")
+    parser.add_argument("--compile", action="store_true", help="torch.compile too: half a minute more")
+    parser.add_argument("--dataloader", action="store_true", help="the DataLoader way too: slow")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    interactions = make_interactions()
+    known = KnownPositives.from_pairs(interactions.user_index, interactions.item_index, NUM_USERS, NUM_ITEMS)
+    print(
+        f"{platform.machine()}, torch {torch.__version__}, numba {numba.__version__}, 1 thread; "
+        f"{NUM_USERS} users, {NUM_ITEMS} items, {NUM_ROWS} positives, {NUM_NEGATIVES} negatives; "
+        f"CPU time, best of {arguments.repeats}"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        for dim, batch_size in SHAPES:
+            ways = {
+                "numba": fasttower_way("numba", dim, batch_size, interactions),
+                "numba_exclusion": fasttower_way("numba", dim, batch_size, interactions, known),
+                "torch": fasttower_way("torch", dim, batch_size, interactions),
+                "eager_mulsum": torch_way(loss_mulsum, dim, batch_size, interactions),
+                "eager_bmm": torch_way(loss_bmm, dim, batch_size, interactions),
+            }
+            if arguments.compile:
+                compiled = torch.compile(loss_mulsum, dynamic=False)
+                ways["compile"] = torch_way(compiled, dim, batch_size, interactions)
+            if arguments.dataloader:
+                ways["dataloader"] = dataloader_way(dim, batch_size, interactions)
+            if shutil.which("gcc"):
+                ways["c_limit"] = c_way(dim, batch_size, interactions, Path(folder))
+            best = best_ns(ways, batch_size, arguments.repeats)
+            print(f"\ndim {dim}, batch {batch_size}")
+            for name, ns in best.items():
+                print(
+                    f"  {name:16s} {ns:8.0f} ns a positive {ns * NUM_ROWS / 1e9:7.3f} s an epoch "
+                    f"{ns / best['numba']:7.2f} x numba"
+                )
+            eager = min(best["eager_mulsum"], best["eager_bmm"])
+            print(f"  best eager / numba {eager / best['numba']:.1f}", end="")
+            print(f", numba_exclusion / numba {best['numba_exclusion'] / best['numba']:.2f}", end="")
+            print(f", numba / c_limit {best['numba'] / best['c_limit']:.2f}" if "c_limit" in best else "")
+
+
+if __name__ == "__main__":
+    main()

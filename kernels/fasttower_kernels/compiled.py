@@ -1,0 +1,68 @@
+"""How the numba backend compiles: once for each specialisation, kept on disk.
+
+An entry point is a closure over its compile-time constants, and numba's cache tells closures apart by the
+values that they close over. A change in another file goes unseen by that cache, so `SOURCES` belongs to those
+values.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numba
+import numpy as np
+from numba import extending
+from numpy.typing import NDArray
+
+# numba's own annotations are about calls from Python; for code that it compiles they do not fit.
+njit: Any = numba.njit
+prange: Any = numba.prange
+intrinsic: Any = extending.intrinsic
+uint32: Any = numba.uint32
+uint64: Any = numba.uint64
+int32: Any = numba.int32
+float32: Any = numba.float32
+
+Array = NDArray[Any]
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+OPTIONS: dict[str, Any] = {"error_model": "numpy", "boundscheck": False}
+"""Of every compiled function: without them its loops do not vectorise."""
+
+FAST = {"contract", "nsz", "arcp"}
+"""What arithmetic may do. NaN and infinity stay what they are: a run that has diverged must show."""
+
+_ONLY_PRANGE = dict.fromkeys(
+    ("comprehension", "reduction", "inplace_binop", "setitem", "numpy", "stencil", "fusion"), False
+) | {"prange": True}
+
+
+def _fingerprint() -> int:
+    folder = Path(__file__).parent
+    digest = hashlib.blake2b(digest_size=7)
+    for name in ("compiled.py", "membership.py", "vector_rows.py", "*/numba_cpu.py", "*/reference.py"):
+        for path in sorted(folder.glob(name)):
+            digest.update(path.read_bytes())
+    return int.from_bytes(digest.digest(), "little")
+
+
+SOURCES = _fingerprint()
+"""A number that changes with the text of all that compiled code is made of."""
+
+
+def entry_point(function: Function, *, parallel: bool = False) -> Function:
+    """Compile a function that Python calls, with the disk cache where there is a place for one."""
+    options = OPTIONS | {"nogil": True, "parallel": _ONLY_PRANGE if parallel else False}
+    try:
+        compiled: Function = njit(cache=True, **options)(function)
+    except RuntimeError:  # neither the package's folder nor the user's cache folder can be written
+        compiled = njit(**options)(function)
+    return compiled
+
+
+def empty(dtype: type) -> Array:
+    """What stands in for an array that a specialisation does not read."""
+    return np.empty(0, dtype=dtype)

@@ -1,0 +1,470 @@
+"""The training step of two tables, compiled: a tile of positives at a time, from the draws to the gradients.
+
+A tile's draws, logits and coefficients lie negative by negative with its positives side by side, so that
+Philox, exp and log vectorise over the positives. Negatives are handled in chunks: no buffer grows with N.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fasttower_kernels.compiled import (
+    FAST,
+    OPTIONS,
+    SOURCES,
+    Array,
+    empty,
+    entry_point,
+    float32,
+    int32,
+    njit,
+    uint32,
+    uint64,
+)
+from fasttower_kernels.errors import FastTowerError
+from fasttower_kernels.known_positives import KnownPositives
+from fasttower_kernels.membership import known_arrays, membership_of
+from fasttower_kernels.negatives.numba_cpu import TILE, count_free, draw_tile, redraw_touched
+from fasttower_kernels.philox import Key
+from fasttower_kernels.sampled_bce.settings import LossSettings
+from fasttower_kernels.tables import Interactions, Tables
+from fasttower_kernels.vector_rows import (
+    add_scaled,
+    bits_of_float,
+    dot,
+    float_of_bits,
+    load_row,
+    prefetch,
+    scaled,
+    store_row,
+)
+
+CHUNK = 32
+"""Negatives of a positive that are handled together, a multiple of 4."""
+
+PREFETCHED_WORDS = 256
+"""Words of a user's membership that are prefetched at most: of longer rows, few draws hit the same line."""
+
+_ROWS = 1 + CHUNK
+
+
+@njit(forceinline=True, error_model="numpy", fastmath={"contract", "nsz"})
+def exp_negative(x: float) -> float:
+    """e**x for float32 x <= 0, to 1 ulp or so; Cephes' expf. NaN stays NaN."""
+    x = float32(-87.0) if x < float32(-87.0) else x
+    # Adding 1.5 * 2**23 rounds to a whole number and leaves it in the low bits.
+    shifted = x * float32(1.44269504) + float32(12582912.0)
+    z = shifted - float32(12582912.0)
+    x = x - z * float32(0.693359375) + z * float32(2.12194440e-4)
+    p = float32(1.9875691500e-4)
+    p = p * x + float32(1.3981999507e-3)
+    p = p * x + float32(8.3334519073e-3)
+    p = p * x + float32(4.1665795894e-2)
+    p = p * x + float32(1.6666665459e-1)
+    p = p * x + float32(5.0000001201e-1)
+    p = p * x * x + x + float32(1)
+    return p * float_of_bits((bits_of_float(shifted) + int32(127)) << int32(23))
+
+
+@njit(forceinline=True, error_model="numpy", fastmath={"contract", "nsz"})
+def log1p_positive(x: float) -> float:
+    """log(1 + x) for float32 x in [0, 2**100], to 2 ulp or so; Cephes' logf. NaN stays NaN."""
+    y = float32(1) + x
+    lost = (x - (y - float32(1))) / y  # what rounding took from 1 + x
+    bits = bits_of_float(y)
+    exponent = (bits - int32(0x3F3504F3)) >> int32(23)
+    m = float_of_bits(bits - (exponent << int32(23))) - float32(1)  # in [sqrt(1/2) - 1, sqrt(2) - 1]
+    e = float32(exponent)
+    p = float32(7.0376836292e-2)
+    p = p * m + float32(-1.1514610310e-1)
+    p = p * m + float32(1.1676998740e-1)
+    p = p * m + float32(-1.2420140846e-1)
+    p = p * m + float32(1.4249322787e-1)
+    p = p * m + float32(-1.6668057665e-1)
+    p = p * m + float32(2.0000714765e-1)
+    p = p * m + float32(-2.4999993993e-1)
+    p = p * m + float32(3.3333331174e-1)
+    square = m * m
+    p = p * m * square + e * float32(-2.12194440e-4) - float32(0.5) * square
+    return lost + p + m + e * float32(0.693359375)
+
+
+@njit(fastmath=FAST, **OPTIONS)
+def score_tile(
+    x: Array,
+    items: Array,
+    users: Array,
+    start: int,
+    size: int,
+    begin: int,
+    end: int,
+    parameters: Any,
+    bits: Array,
+    words: int,
+    width: int,
+    has_bias: bool,
+    exclude: bool,
+) -> None:
+    """Write the logits of rows begin .. end - 1 of ``items`` to the same places of ``x``."""
+    user_table, item_table, item_bias = parameters
+    tile = uint64(TILE)
+    for w in range(size):
+        if exclude:  # fetch what the next tile's draws are looked up in
+            upcoming = uint64(users[start + tile + w]) * words
+            for word in range(uint64(0), min(words, uint64(PREFETCHED_WORDS)), uint64(16)):
+                prefetch(bits, upcoming + word, 1)
+        u = load_row(user_table, uint64(users[start + w]), width)
+        for k in range(begin, end):
+            item = uint64(items[k * tile + w])
+            logit = dot(u, load_row(item_table, item, width))
+            if has_bias:
+                logit += item_bias[item]
+            x[k * tile + w] = logit
+
+
+@njit(fastmath=FAST, **OPTIONS)
+def bce_tile(x: Array, weight: Array, bce: Array, product: Array, begin: int, end: int) -> None:
+    """Replace logits by the derivative of the loss, times the weights; write the tile's BCE.
+
+    BCE is softplus(z) = max(z, 0) + log(1 + e**-|z|), with z = -x for the positive, and its derivative is
+    sigmoid(z). The logarithms of a positive are taken at once, of the product of its 1 + e**-|z|. Row 0 of
+    ``x`` is the positive's where ``begin`` is 0.
+    """
+    tile = uint64(TILE)
+    for w in range(tile):
+        bce[w] = float32(0)
+        product[w] = float32(0)  # less 1
+    if begin == uint64(0):
+        for w in range(tile):
+            x[w] = -x[w]
+    for k in range(begin, end):
+        for w in range(tile):
+            z = x[k * tile + w]
+            e = exp_negative(-abs(z))
+            bce[w] += float32(0) if z < float32(0) else z
+            product[w] += e + e * product[w]
+            r = weight[w] / (float32(1) + e)
+            x[k * tile + w] = e * r if z < float32(0) else r
+    for w in range(tile):
+        bce[w] += log1p_positive(product[w])
+    if begin == uint64(0):
+        for w in range(tile):
+            x[w] = -x[w]
+
+
+@njit(fastmath=FAST, **OPTIONS)
+def gradient_tile(
+    x: Array,
+    items: Array,
+    users: Array,
+    start: int,
+    size: int,
+    begin: int,
+    end: int,
+    weight: Array,
+    parameters: Any,
+    gradients: Any,
+    user_l2: float,
+    item_l2: float,
+    width: int,
+    has_bias: bool,
+    has_l2: bool,
+) -> None:
+    """Add the gradients of rows begin .. end - 1, whose coefficients are in ``x``."""
+    user_table, item_table, _ = parameters
+    user_gradient, item_gradient, bias_gradient = gradients
+    tile = uint64(TILE)
+    for w in range(size):
+        upcoming = uint64(users[start + tile + w]) * uint64(width)
+        prefetch(user_table, upcoming, width)
+        prefetch(user_gradient, upcoming, width)
+        if weight[w] == float32(0):
+            continue
+        user = uint64(users[start + w])
+        u = load_row(user_table, user, width)
+        du = scaled(user_l2 if has_l2 and begin == uint64(0) else float32(0), u)
+        for k in range(begin, end):
+            item = uint64(items[k * tile + w])
+            g = x[k * tile + w]
+            v = load_row(item_table, item, width)
+            dv = add_scaled(load_row(item_gradient, item, width), g, u)
+            if has_l2:
+                dv = add_scaled(dv, item_l2, v)
+            store_row(item_gradient, item, dv)
+            du = add_scaled(du, g, v)
+            if has_bias:
+                bias_gradient[item] += g
+        # The old gradient comes last: nothing waits for it to arrive from memory.
+        store_row(user_gradient, user, add_scaled(load_row(user_gradient, user, width), float32(1), du))
+
+
+@njit(fastmath=FAST, **OPTIONS)
+def add_batch(
+    parameters: Any,
+    gradients: Any,
+    batch: Array,
+    size: int,
+    known: Any,
+    sampling: Any,
+    step: int,
+    scales: Any,
+    width: int,
+    has_bias: bool,
+    exclude: bool,
+    exact: bool,
+    has_l2: bool,
+    backward: bool,
+) -> float:
+    """Add the gradients of some positives; return the sum of their BCE as float64.
+
+    Args:
+        parameters: users (U * P,), items (I * P,), item bias (I,) or empty, float32.
+        gradients: the same.
+        batch: (3, size + 2 * TILE), uint32: positions in the batch, users, items. What lies beyond ``size``
+            is ignored, but the users there are valid: they are prefetched.
+        size: uint64: how many positives.
+        known: bits, words, indptr and items of a `Membership`.
+        sampling: N as int64, I as uint64, two words of the key as uint32.
+        step: t as uint32.
+        scales: float32: 1 / divisor, and the factors of the L2 gradient of a user's and of an item's row.
+        width: of a `Variant`; this one and the next are literals.
+        has_bias: the same.
+        exclude: the same.
+        exact: the same.
+        has_l2: the same.
+        backward: whether gradients are wanted.
+    """
+    num_negatives, num_items, k0, k1 = sampling
+    positions, users, positives = batch[0], batch[1], batch[2]
+    scale, user_l2, item_l2 = scales
+    bits, words, indptr, _ = known
+    tile = uint64(TILE)
+
+    items = np.empty((_ROWS + 3) * TILE, dtype=np.uint32)
+    hits = np.empty(_ROWS * TILE, dtype=np.uint32)
+    drawn = np.empty(_ROWS * TILE, dtype=np.uint32)
+    x = np.empty(_ROWS * TILE, dtype=np.float32)
+    weight = np.empty(TILE, dtype=np.float32)
+    bce = np.empty(TILE, dtype=np.float32)
+    product = np.empty(TILE, dtype=np.float32)
+    free = np.empty(TILE, dtype=np.uint32)
+
+    for i in range(len(x)):
+        x[i] = float32(0)
+    loss = 0.0
+    for start in range(uint64(0), size, tile):
+        here = min(tile, size - start)
+        for w in range(tile):
+            weight[w] = scale if w < here else float32(0)
+            items[w] = positives[start + w]
+        if exclude:
+            count_free(free, users, start, here, num_items, indptr)
+            for w in range(here):
+                if free[w] == uint32(0):
+                    weight[w] = float32(0)
+
+        first = uint64(0)
+        while True:
+            count = min(uint64(CHUNK), uint64(num_negatives) - first)
+            begin = uint64(0) if first == uint64(0) else uint64(1)  # row 0 is the positive's
+            end = uint64(1) + count
+            draw_tile(items, positions, start, first, count, num_items, k0, k1, step)
+            if exclude:
+                redraw_touched(
+                    items,
+                    positions,
+                    users,
+                    free,
+                    start,
+                    here,
+                    first,
+                    count,
+                    num_items,
+                    k0,
+                    k1,
+                    step,
+                    known,
+                    exact,
+                    hits,
+                    drawn,
+                )
+
+            score_tile(
+                x, items, users, start, here, begin, end, parameters, bits, words, width, has_bias, exclude
+            )
+            bce_tile(x, weight, bce, product, begin, end)
+            for w in range(here):
+                if weight[w] != float32(0):
+                    loss += bce[w]
+            if backward:
+                gradient_tile(
+                    x,
+                    items,
+                    users,
+                    start,
+                    here,
+                    begin,
+                    end,
+                    weight,
+                    parameters,
+                    gradients,
+                    user_l2,
+                    item_l2,
+                    width,
+                    has_bias,
+                    has_l2,
+                )
+            first += uint64(CHUNK)
+            if first >= uint64(num_negatives):
+                break
+    return loss
+
+
+class Variant(NamedTuple):
+    """What the compiled code is specialised for.
+
+    Attributes:
+        width: P, the padded width of a row.
+        has_bias: whether items have a bias.
+        exclude: whether negatives leave known positives out.
+        exact: whether a bit of the membership is the answer already.
+        has_l2: whether there is an L2 term.
+    """
+
+    width: int
+    has_bias: bool
+    exclude: bool
+    exact: bool
+    has_l2: bool
+
+
+def variant_of(parameters: Tables, known_positives: KnownPositives | None, settings: LossSettings) -> Variant:
+    """The variant that a step needs."""
+    return Variant(
+        parameters.users.shape[1],
+        parameters.item_bias is not None,
+        known_positives is not None,
+        known_positives is None or membership_of(known_positives).exact,
+        settings.l2 != 0,
+    )
+
+
+def flat_arrays(tables: Tables) -> tuple[Array, Array, Array]:
+    """Users (U * P,), items (I * P,) and item bias (I,), empty without one: views.
+
+    Raises:
+        FastTowerError: an array that is not contiguous float32 on the CPU.
+    """
+    for array in tables:
+        if array.dtype != torch.float32 or not array.is_contiguous() or array.device.type != "cpu":
+            raise FastTowerError(
+                f"a table is {array.dtype} on {array.device}, strides {array.stride()}; backend numba takes "
+                f"contiguous float32 on the CPU: choose backend torch."
+            )
+    bias = empty(np.float32) if tables.item_bias is None else tables.item_bias.detach().numpy()
+    return tables.users.detach().numpy().reshape(-1), tables.items.detach().numpy().reshape(-1), bias
+
+
+@lru_cache
+def _compiled(variant: Variant, backward: bool, sources: int = SOURCES) -> Any:
+    width, has_bias, exclude, exact, has_l2 = variant
+
+    def run(
+        parameters: Any,
+        gradients: Any,
+        user_index: Array,
+        item_index: Array,
+        first_position: int,
+        known: Any,
+        sampling: Any,
+        step: int,
+        scales: Any,
+    ) -> float:
+        _ = sources
+        size = uint64(len(user_index))
+        batch = np.zeros((3, len(user_index) + 2 * TILE), dtype=np.uint32)
+        for b in range(size):
+            batch[0, b] = uint64(first_position) + b
+            batch[1, b] = user_index[b]
+            batch[2, b] = item_index[b]
+        return add_batch(
+            parameters,
+            gradients,
+            batch,
+            size,
+            known,
+            sampling,
+            step,
+            scales,
+            width,
+            has_bias,
+            exclude,
+            exact,
+            has_l2,
+            backward,
+        )
+
+    return entry_point(run)
+
+
+def _run(
+    parameters: Tables,
+    gradients: Tables | None,
+    batch: Interactions,
+    known_positives: KnownPositives | None,
+    settings: LossSettings,
+    key: Key,
+    step: int,
+    first_position: int,
+) -> Tensor:
+    divisor = settings.divisor(max(1, len(batch)))
+    run = _compiled(variant_of(parameters, known_positives, settings), gradients is not None)
+    loss = run(
+        flat_arrays(parameters),
+        (empty(np.float32),) * 3 if gradients is None else flat_arrays(gradients),
+        batch.user_index.numpy(),
+        batch.item_index.numpy(),
+        first_position,
+        known_arrays(known_positives),
+        (settings.num_negatives, uint64(parameters.items.shape[0]), uint32(key[0]), uint32(key[1])),
+        uint32(step),
+        (
+            float32(1 / divisor),
+            float32(2 * settings.l2 / divisor),
+            float32(4 * settings.l2 / (1 + settings.num_negatives) / divisor),
+        ),
+    )
+    return torch.tensor(loss, dtype=torch.float64)
+
+
+def train_step(
+    parameters: Tables,
+    gradients: Tables,
+    batch: Interactions,
+    known_positives: KnownPositives | None,
+    settings: LossSettings,
+    *,
+    key: Key,
+    step: int,
+) -> Tensor:
+    """Add the gradients of a batch's loss; return the sum of its BCE part, float64. See the reference."""
+    return _run(parameters, gradients, batch, known_positives, settings, key, step, 0)
+
+
+def bce_sum(
+    parameters: Tables,
+    batch: Interactions,
+    known_positives: KnownPositives | None,
+    settings: LossSettings,
+    *,
+    key: Key,
+    step: int,
+    first_position: int = 0,
+) -> Tensor:
+    """The sum of the BCE part alone, float64, without gradients. See the reference."""
+    return _run(parameters, None, batch, known_positives, settings, key, step, first_position)

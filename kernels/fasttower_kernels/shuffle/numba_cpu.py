@@ -1,0 +1,67 @@
+"""The keyed bijection for a tile of positions. Nearly all rows need one pass, which vectorises."""
+
+from fasttower_kernels.compiled import OPTIONS, Array, njit, uint32, uint64
+from fasttower_kernels.shuffle.reference import ROUNDS
+
+_HALF_ROUNDS = ROUNDS // 2
+
+
+@njit(forceinline=True)
+def _mix(x: int, key: int) -> int:
+    h = uint32((x ^ key) * uint32(0x85EBCA6B))
+    h = uint32((h ^ (h >> uint32(15))) * uint32(0xC2B2AE35))
+    return h ^ (h >> uint32(16))
+
+
+@njit(forceinline=True)
+def _one_pass(row: int, left_bits: int, right_bits: int, keys: tuple[int, ...]) -> int:
+    """All rounds on one row number (uint64); the parts stay below 2**32, so n may pass 2**32."""
+    left_mask = uint32((uint64(1) << left_bits) - uint64(1))
+    right_mask = uint32((uint64(1) << right_bits) - uint64(1))
+    left = uint32(row >> right_bits)
+    right = uint32(row) & right_mask
+    for r in range(_HALF_ROUNDS):
+        right ^= _mix(left, keys[2 * r]) & right_mask
+        left ^= _mix(right, keys[2 * r + 1]) & left_mask
+    return (uint64(left) << right_bits) | uint64(right)
+
+
+@njit(**OPTIONS)
+def shuffle_tile(
+    first_position: int,
+    count: int,
+    num_rows: int,
+    left_bits: int,
+    right_bits: int,
+    keys: tuple[int, ...],
+    rows: Array,
+    outside: Array,
+) -> None:
+    """Write the rows at ``count`` positions from the first to ``rows``.
+
+    Args:
+        first_position: uint64.
+        count: uint64: how many, at most the length of ``rows``.
+        num_rows: n.
+        left_bits: uint64.
+        right_bits: uint64.
+        keys: eight uint32 as a tuple.
+        rows: (W,), uint64, out.
+        outside: (W,), uint64, scratch.
+    """
+    n = uint64(num_rows)
+    for w in range(count):
+        rows[w] = _one_pass(first_position + w, left_bits, right_bits, keys)
+    waiting = uint64(0)
+    for w in range(count):
+        outside[waiting] = w
+        waiting += uint64(rows[w] >= n)
+    while waiting:
+        left_over = uint64(0)
+        for i in range(waiting):
+            w = outside[i]
+            row = _one_pass(rows[w], left_bits, right_bits, keys)
+            rows[w] = row
+            outside[left_over] = w
+            left_over += uint64(row >= n)
+        waiting = left_over
