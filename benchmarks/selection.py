@@ -4,8 +4,8 @@
 
 Every point of the grid is trained for several seeds and several validation cuts, each cut putting another
 share of the end of the time line aside, since one cut alone has few users. The curves of the validation
-NDCG@10 are averaged; a point's value is their mean over the later half of the epochs, so that a flat curve, on
-which the epoch matters little, goes before a peak. The test part is never read.
+NDCG@10 are averaged; a value is their mean over the later half of the epochs, so that a flat curve, on which
+the epoch matters little, goes before a peak. The test part is never read.
 """
 
 from __future__ import annotations

@@ -134,19 +134,22 @@ class ConsoleObserver(FitObserver):
 
     def on_epoch(self, record: EpochRecord) -> None:
         """Show an epoch in one line."""
-        parts = [f"{record.phase:6s} {record.epoch:3d}", f"L2 {record.l2:g}", f"loss {record.train_loss:.4f}"]
+        parts = [
+            f"{record.phase:6s} {record.epoch:2d}",
+            f"L2 {record.l2:<4g}",
+            f"loss {record.train_loss:.4f}",
+        ]
         if record.valid_loss is not None:
             parts.append(f"valid {record.valid_loss:.4f}")
         parts += [f"{name} {value:.4f}" for name, value in record.valid.items() if name.startswith("NDCG")]
-        parts += [f"{record.epoch_s:.2f} s", f"{record.positives_per_s:,.0f}/s"]
+        parts += [f"{record.epoch_s:.2f} s", f"{record.positives_per_s / 1e6:.2f} M/s"]
         self._console.print("  ".join(parts))
 
     def show_result(self, run: Run, run_dir: Path) -> None:
         """Show the metrics beside popularity's, the times, and where the run is."""
         metrics = run.metrics
         table = Table(
-            title=f"test part, {metrics['test_users']:,} users; L2 {metrics['l2']:g}, "
-            f"{metrics['best_epoch']} epochs",
+            title=f"test part: {metrics['test_users']:,} users",
             title_justify="left",
         )
         table.add_column("metric")
@@ -159,6 +162,7 @@ class ConsoleObserver(FitObserver):
             row = [f"{value:.4f}"] + ([f"{deviation:.4f}"] if deviation is not None else [])
             table.add_row(name, *row, f"{metrics['popularity'][name]:.4f}")
         self._console.print(table)
+        self._console.print(f"trained for {metrics['best_epoch']} epochs with L2 {metrics['l2']:g}")
         main = next(iter(metrics["test"]))
         if metrics["test"][main] < metrics["popularity"][main]:
             self._console.print(f"[bold yellow]the model loses to popularity in {main}[/]")

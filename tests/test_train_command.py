@@ -132,7 +132,7 @@ def test_ctrl_c_writes_the_run_and_exits_with_130(csv, tmp_path, module):
         text=True,
     )
     for line in process.stdout:
-        if line.startswith("choose   2"):
+        if line.startswith("choose  2"):
             process.send_signal(signal.SIGINT)
             break
     out, err = process.communicate(timeout=60)

@@ -152,10 +152,13 @@ def test_validation_loss_is_the_mean_over_pairs_and_repeats(data):
     model = TwoTower(NUM_USERS, NUM_ITEMS, 4).initialise(0, 0.0)
     validation = Validation.of(data.valid, data.known_positives, 5)
     for scale, expected in (("pairs", math.log(2)), ("positives", 11 * math.log(2))):
-        loss = validation.loss(model, LossSettings(10, loss_scale=scale), None, seed=1)
+        loss = validation.loss(model, LossSettings(10, loss_scale=scale), None, seed=1, backend="torch")
         assert loss == pytest.approx(expected, rel=1e-5)
     noisy = TwoTower(NUM_USERS, NUM_ITEMS, 4).initialise(0, 1.0)
-    first, second = (validation.loss(noisy, LossSettings(10), data.known_positives, seed=1) for _ in range(2))
+    first, second = (
+        validation.loss(noisy, LossSettings(10), data.known_positives, seed=1, backend="torch")
+        for _ in range(2)
+    )
     assert first == second
 
 

@@ -141,7 +141,9 @@ def train(
             epoch=epoch + 1,
             step=(epoch + 1) * per_epoch,
             train_loss=train_loss,
-            valid_loss=validation.loss(model, loss, excluded, config.seed) if validation else None,
+            valid_loss=validation.loss(model, loss, excluded, seed=config.seed, backend=config.backend)
+            if validation
+            else None,
             valid=validation.metrics(model) if validation else {},
             epoch_s=epoch_s,
             positives_per_s=num_rows / epoch_s,

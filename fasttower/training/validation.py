@@ -8,6 +8,7 @@ import torch
 
 from fasttower.evaluation.ranking import ranking_metrics
 from fasttower.model import TwoTower
+from fasttower_kernels.backends import Backend
 from fasttower_kernels.known_positives import KnownPositives
 from fasttower_kernels.philox import Purpose, derive_key
 from fasttower_kernels.sampled_bce import LossSettings, bce_sum
@@ -62,7 +63,13 @@ class Validation:
 
     @torch.no_grad()
     def loss(
-        self, model: TwoTower, settings: LossSettings, known_positives: KnownPositives | None, seed: int
+        self,
+        model: TwoTower,
+        settings: LossSettings,
+        known_positives: KnownPositives | None,
+        *,
+        seed: int,
+        backend: Backend,
     ) -> float:
         """The mean BCE of the validation pairs, on the scale of the training loss.
 
@@ -73,7 +80,15 @@ class Validation:
         for begin in range(0, len(self.interactions), _LOSS_ROWS):
             rows = slice(begin, begin + _LOSS_ROWS)
             part = Interactions(self.interactions.user_index[rows], self.interactions.item_index[rows])
-            total += float(
-                bce_sum(model.tables, part, known_positives, settings, key=key, step=0, first_position=begin)
+            bce = bce_sum(
+                model.tables,
+                part,
+                known_positives,
+                settings,
+                key=key,
+                step=0,
+                first_position=begin,
+                backend=backend,
             )
+            total += float(bce)
         return total / (len(self.interactions) * settings.pairs)

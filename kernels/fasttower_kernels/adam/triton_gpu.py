@@ -1,0 +1,247 @@
+"""Dense Adam in Triton: one launch over all tables, which also zeroes the gradients.
+
+The floor is memory: four arrays read and four written, 32 bytes a parameter.
+"""
+
+# Constants of a kernel are written in capitals, and arguments get their types when it is launched.
+# ruff: noqa: N803, PLR5501
+# mypy: disallow-untyped-defs=False
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fasttower_kernels.adam.reference import BETA_1, BETA_2, EPSILON
+from fasttower_kernels.tables import ROW_ALIGNMENT, Tables
+from fasttower_kernels.triton_launch import Launch, device_scope
+
+_BLOCK = 1024
+_NUM_WARPS = 4
+
+
+@triton.jit
+def _update(
+    parameters_ptr,
+    gradients_ptr,
+    moments_1_ptr,
+    moments_2_ptr,
+    offsets,
+    mask,
+    step_size,
+    inverse_root,
+    BETA_1: tl.constexpr,
+    BETA_2: tl.constexpr,
+    EPSILON: tl.constexpr,
+):
+    p = tl.load(parameters_ptr + offsets, mask=mask, other=0.0)
+    g = tl.load(gradients_ptr + offsets, mask=mask, other=0.0)
+    m = tl.load(moments_1_ptr + offsets, mask=mask, other=0.0)
+    v = tl.load(moments_2_ptr + offsets, mask=mask, other=0.0)
+    m += (1 - BETA_1) * (g - m)
+    v = BETA_2 * v + (1 - BETA_2) * (g * g)
+    p -= step_size * m / (tl.sqrt(v) * inverse_root + EPSILON)
+    tl.store(parameters_ptr + offsets, p, mask=mask)
+    tl.store(gradients_ptr + offsets, tl.zeros_like(g), mask=mask)
+    tl.store(moments_1_ptr + offsets, m, mask=mask)
+    tl.store(moments_2_ptr + offsets, v, mask=mask)
+
+
+@triton.jit(do_not_specialize=["user_groups", "item_groups", "num_items", "steps"])
+def adam_kernel(
+    users_ptr,
+    user_gradients_ptr,
+    user_moments_1_ptr,
+    user_moments_2_ptr,
+    items_ptr,
+    item_gradients_ptr,
+    item_moments_1_ptr,
+    item_moments_2_ptr,
+    bias_ptr,
+    bias_gradients_ptr,
+    bias_moments_1_ptr,
+    bias_moments_2_ptr,
+    rates_ptr,
+    counters_ptr,
+    user_groups,
+    item_groups,
+    num_items,
+    steps,
+    GROUP: tl.constexpr,
+    BETA_1: tl.constexpr,
+    BETA_2: tl.constexpr,
+    EPSILON: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One update of all tables; programs take the user table, then the item table, then the bias.
+
+    Args:
+        users_ptr: (U, P), float32, 16-byte aligned like all tables.
+        user_gradients_ptr: (U, P), zeroed.
+        user_moments_1_ptr: (U, P).
+        user_moments_2_ptr: (U, P).
+        items_ptr: (I, P).
+        item_gradients_ptr: (I, P), zeroed.
+        item_moments_1_ptr: (I, P).
+        item_moments_2_ptr: (I, P).
+        bias_ptr: (I,), or None like the next three.
+        bias_gradients_ptr: (I,), zeroed.
+        bias_moments_1_ptr: (I,).
+        bias_moments_2_ptr: (I,).
+        rates_ptr: (steps, 2), float32: step size and inverse root of count c in row (c - 1) mod steps.
+        counters_ptr: (2,), int64: t, which this kernel sets to the count, and the count, which it reads.
+        user_groups: U * P / GROUP. Counted in groups, the ends of the tables are multiples of GROUP for all
+            that the compiler knows, and the loads stay 16 bytes wide.
+        item_groups: I * P / GROUP.
+        num_items: I.
+        steps: rows of the rates.
+        GROUP: floats in 16 bytes.
+        BETA_1: Adam's.
+        BETA_2: Adam's.
+        EPSILON: Adam's.
+        BLOCK: elements a program.
+    """
+    program = tl.program_id(0)
+    user_size = user_groups.to(tl.int64) * GROUP
+    item_size = item_groups.to(tl.int64) * GROUP
+    user_programs = (user_size + BLOCK - 1) // BLOCK
+    item_programs = (item_size + BLOCK - 1) // BLOCK
+    count = tl.load(counters_ptr + 1)
+    rate = rates_ptr + 2 * ((count - 1).to(tl.uint32) % steps.to(tl.uint32))
+    step_size = tl.load(rate)
+    inverse_root = tl.load(rate + 1)
+    index = tl.arange(0, BLOCK)
+    if program < user_programs:
+        offsets = program.to(tl.int64) * BLOCK + index
+        _update(
+            users_ptr,
+            user_gradients_ptr,
+            user_moments_1_ptr,
+            user_moments_2_ptr,
+            offsets,
+            offsets < user_size,
+            step_size,
+            inverse_root,
+            BETA_1,
+            BETA_2,
+            EPSILON,
+        )
+    elif program < user_programs + item_programs:
+        offsets = (program - user_programs) * BLOCK + index
+        _update(
+            items_ptr,
+            item_gradients_ptr,
+            item_moments_1_ptr,
+            item_moments_2_ptr,
+            offsets,
+            offsets < item_size,
+            step_size,
+            inverse_root,
+            BETA_1,
+            BETA_2,
+            EPSILON,
+        )
+    else:
+        # Not an elif: this is decided when the kernel is compiled, the branches above when it runs.
+        if bias_ptr is not None:
+            offsets = (program - user_programs - item_programs) * BLOCK + index
+            _update(
+                bias_ptr,
+                bias_gradients_ptr,
+                bias_moments_1_ptr,
+                bias_moments_2_ptr,
+                offsets,
+                offsets < num_items,
+                step_size,
+                inverse_root,
+                BETA_1,
+                BETA_2,
+                EPSILON,
+            )
+    if program == 0:
+        tl.store(counters_ptr, count)
+
+
+def step_rates(first_count: int, counts: int, learning_rate: float) -> Tensor:
+    """What Adam's kernel needs of some counts, computed in float64.
+
+    Args:
+        first_count: the first count, from 1.
+        counts: how many.
+        learning_rate: the step size before its correction.
+
+    Returns:
+        (counts, 2), float32, on the CPU: ``learning_rate / (1 - beta_1**count)`` and
+        ``1 / sqrt(1 - beta_2**count)``.
+    """
+    count = torch.arange(first_count, first_count + counts, dtype=torch.float64)
+    # expm1 keeps the precision of 1 - beta**count at the first counts.
+    step_size = learning_rate / -torch.expm1(count * math.log(BETA_1))
+    inverse_root = torch.rsqrt(-torch.expm1(count * math.log(BETA_2)))
+    return torch.stack([step_size, inverse_root], dim=1).float()
+
+
+def adam_launch(
+    parameters: Tables,
+    gradients: Tables,
+    moments_1: Tables,
+    moments_2: Tables,
+    *,
+    rates: Tensor,
+    counters: Tensor,
+) -> Launch:
+    """The kernel with its arguments; see `adam_kernel`."""
+    arguments: dict[str, Any] = {}
+    for name, field in (("users", "users"), ("items", "items"), ("bias", "item_bias")):
+        singular = {"users": "user", "items": "item"}.get(name, name)
+        arguments[f"{name}_ptr"] = getattr(parameters, field)
+        arguments[f"{singular}_gradients_ptr"] = getattr(gradients, field)
+        arguments[f"{singular}_moments_1_ptr"] = getattr(moments_1, field)
+        arguments[f"{singular}_moments_2_ptr"] = getattr(moments_2, field)
+    return Launch(
+        adam_kernel,
+        sum(triton.cdiv(table.numel(), _BLOCK) for table in parameters),
+        {
+            **arguments,
+            "rates_ptr": rates,
+            "counters_ptr": counters,
+            "user_groups": parameters.users.numel() // ROW_ALIGNMENT,
+            "item_groups": parameters.items.numel() // ROW_ALIGNMENT,
+            "num_items": len(parameters.items),
+            "steps": len(rates),
+            "GROUP": ROW_ALIGNMENT,
+            "BETA_1": BETA_1,
+            "BETA_2": BETA_2,
+            "EPSILON": EPSILON,
+            "BLOCK": _BLOCK,
+        },
+        _NUM_WARPS,
+    )
+
+
+def adam_step(
+    parameters: Tables,
+    gradients: Tables,
+    moments_1: Tables,
+    moments_2: Tables,
+    *,
+    count: int,
+    learning_rate: float,
+) -> None:
+    """See the reference's `adam_step`."""
+    device = parameters.users.device
+    launch = adam_launch(
+        parameters,
+        gradients,
+        moments_1,
+        moments_2,
+        rates=step_rates(count, 1, learning_rate).to(device),
+        counters=torch.tensor([count - 1, count], dtype=torch.int64, device=device),
+    )
+    with device_scope(device):
+        launch()

@@ -1,0 +1,69 @@
+"""What the Triton kernels become for GPUs that are not here.
+
+Compiled in a process of their own: `TRITON_INTERPRET`, read when a kernel is decorated, would turn it off.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="Triton is not installed")
+
+ROOT = Path(__file__).parent.parent
+STEP = "step, exclusion by bitmap"
+VECTORS_A_STEP = 6  # the user, the positive, and a quad of negatives
+
+
+def compiled(*arguments):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-m", "benchmarks.compiled_kernels", "--json", *arguments],
+        env=environment | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    return json.loads(run.stdout)
+
+
+def check(figures):
+    name = f"{figures['kernel']}, dim {figures['dim']}, {figures['target']}: {figures}"
+    assert figures["local_bytes"] == 0, name
+    assert figures["registers"] <= 128, name
+    assert figures["loads_16_bytes"] > 0, name
+    if not figures["kernel"].startswith("step"):
+        assert figures["vector_adds"] == figures["scalar_adds"] == 0, name
+        if figures["kernel"] == "adam":
+            # Four arrays of each of the two tables, and 4 floats at a time of the elements of a thread.
+            assert figures["loads_16_bytes"] == 2 * 4 * (1 if figures["target"] == "gfx942" else 2), name
+        return
+    assert figures["loads_16_bytes"] >= VECTORS_A_STEP, name
+    vectors, biases = VECTORS_A_STEP, VECTORS_A_STEP - 1
+    if figures["target"] in ("sm_90", "sm_100"):
+        # Vectors are added 4 floats at a time, biases alone; and a program never waits at a barrier.
+        assert (figures["vector_adds"], figures["scalar_adds"]) == (vectors, biases), name
+        assert figures["shared_bytes"] == 0, name
+    else:
+        assert figures["scalar_adds"] == 4 * vectors + biases, name
+
+
+def test_kernels():
+    figures = compiled("--dims", "64", "--targets", "sm_80", "sm_90", "gfx942", "--kernels", STEP, "adam")
+    assert len(figures) == 6
+    for one in figures:
+        check(one)
+
+
+@pytest.mark.slow
+def test_all_kernels():
+    figures = compiled()
+    assert len(figures) == 7 * 3 * 4
+    for one in figures:
+        check(one)

@@ -1,0 +1,447 @@
+"""The cases of `test_triton_interpreter`: run there, with TRITON_INTERPRET=1.
+
+The oracles are the known answers of the contract and the plain torch reference in float64. Arrays lie between
+canaries, so that a write outside is seen, and a read outside brings in NaN.
+"""
+
+import hashlib
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from test_shuffle import order
+
+from fasttower_kernels.adam import reference as adam_reference
+from fasttower_kernels.adam import triton_gpu as adam_triton
+from fasttower_kernels.errors import FastTowerError
+from fasttower_kernels.known_positives import KnownPositives
+from fasttower_kernels.negatives import reference as negatives_reference
+from fasttower_kernels.negatives import triton_gpu as negatives_triton
+from fasttower_kernels.philox import seed_key
+from fasttower_kernels.sampled_bce import LossSettings
+from fasttower_kernels.sampled_bce import reference as bce_reference
+from fasttower_kernels.sampled_bce import triton_gpu as bce_triton
+from fasttower_kernels.shuffle import triton_gpu as shuffle_triton
+from fasttower_kernels.tables import Interactions, Tables, padded
+from fasttower_kernels.train_steps import StepSettings, TrainState, steps_per_epoch
+from fasttower_kernels.train_steps import reference as steps_reference
+from fasttower_kernels.train_steps import triton_gpu as steps_triton
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("TRITON_INTERPRET is not 1: run test_triton_interpreter.py", allow_module_level=True)
+
+KEY = seed_key(0xFEDCBA9876543210 >> 1)
+NUM_USERS, NUM_ITEMS = 9, 71
+CANARY_FLOATS = 64
+EDGES = [*torch.tensor([float("nan"), -0.0]).view(torch.int32).tolist(), torch.iinfo(torch.int32).max]
+
+
+class Guarded:
+    """Makes arrays with canaries before and after, and looks after them.
+
+    The canary of an array that is added to is -0: adding nothing to it, which no NaN would show, makes it +0.
+    """
+
+    def __init__(self):
+        self.wholes = []
+
+    def like(self, values, *, added_to=False):
+        """The values in an array of their own, aligned as torch aligns."""
+        canary = torch.iinfo(values.dtype).max if values.dtype == torch.int32 else float("nan")
+        if added_to:
+            canary = -0.0
+        whole = torch.full((values.numel() + 2 * CANARY_FLOATS,), canary, dtype=values.dtype)
+        part = whole[CANARY_FLOATS : CANARY_FLOATS + values.numel()].view(values.shape)
+        part.copy_(values)
+        self.wholes.append(whole)
+        return part
+
+    def tables(self, tables, *, added_to=False):
+        return Tables(*(self.like(table, added_to=added_to) for table in tables))
+
+    def check(self):
+        for whole in self.wholes:
+            # As bits: NaN is not equal to itself, and -0 is equal to +0.
+            bits = whole.view(torch.int32)
+            edge = bits[:CANARY_FLOATS]
+            assert edge.unique().numel() == 1
+            assert edge[0] in EDGES
+            assert bits[-CANARY_FLOATS:].equal(edge)
+
+
+@pytest.fixture
+def guarded():
+    guarded = Guarded()
+    yield guarded
+    guarded.check()
+
+
+@pytest.fixture(autouse=True)
+def _modes():
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def large_programs(monkeypatch):
+    """Programs of 32 positives: the interpreter's time goes by operations, not by elements."""
+    for block in bce_triton.TILES:
+        monkeypatch.setitem(bce_triton.TILES, block, bce_triton.Tile(32, 1))
+
+
+def known_positives(search=False):
+    """User 0 has touched everything, 1 all but one item, 2 nothing, the others some."""
+    generator = torch.Generator().manual_seed(2)
+    degrees = [NUM_ITEMS, NUM_ITEMS - 1, 0, 60, 35, 20, 7, 1, 1][:NUM_USERS]
+    rows = [
+        (user, item)
+        for user, degree in enumerate(degrees)
+        for item in torch.randperm(NUM_ITEMS, generator=generator)[:degree].tolist()
+    ]
+    index = torch.tensor(rows, dtype=torch.int32)
+    known = KnownPositives.from_pairs(index[:, 0], index[:, 1], NUM_USERS, NUM_ITEMS)
+    if search:
+        exclusion = negatives_triton.Exclusion(known.indptr, known.items, None)
+        negatives_triton._exclusions[id(known)] = exclusion
+    return known
+
+
+def make_tables(dim, *, num_users=NUM_USERS, num_items=NUM_ITEMS, bias=True):
+    generator = torch.Generator().manual_seed(dim)
+    users, items = (torch.zeros(n, padded(dim)) for n in (num_users, num_items))
+    for table in (users, items):
+        table[:, :dim] = torch.randn(len(table), dim, generator=generator) / dim**0.5
+    return Tables(users, items, torch.randn(num_items, generator=generator) if bias else None)
+
+
+def make_batch(size, *, num_users=NUM_USERS, num_items=NUM_ITEMS):
+    """Positives at random; one is of the last user and the last item, next to the canaries."""
+    generator = torch.Generator().manual_seed(size)
+    users, items = (
+        torch.randint(n, (size,), generator=generator, dtype=torch.int32) for n in (num_users, num_items)
+    )
+    users[-1], items[-1] = num_users - 1, num_items - 1
+    return Interactions(users, items)
+
+
+def doubled(tables):
+    return Tables(*(table.double() for table in tables))
+
+
+def error(result, oracle):
+    """|result - oracle| / |oracle|."""
+    return float((result.double() - oracle).norm() / oracle.norm().clamp_min(1e-300))
+
+
+def check_gradients(guarded, tables, batch, known, settings, bound=5e-7):
+    oracle = doubled(tables).zeros_like()
+    bce = bce_reference.train_step(doubled(tables), oracle, batch, known, settings, key=KEY, step=3)
+    gradients = guarded.tables(tables.zeros_like(), added_to=True)
+    arguments = (guarded.tables(tables), gradients)
+    batch = Interactions(guarded.like(batch.user_index), guarded.like(batch.item_index))
+    result = bce_triton.train_step(*arguments, batch, known, settings, key=KEY, step=3)
+    assert float(result) == pytest.approx(float(bce), rel=1e-6, abs=1e-6)
+    for gradient, right in zip(gradients, oracle, strict=True):
+        assert error(gradient, right) < bound
+        assert bool((gradient == 0)[right == 0].all())
+
+
+# ---- the draws
+
+
+def test_shuffle_known_answers():
+    thousand = shuffle_triton.shuffled_rows(torch.arange(1000), 1000, (1, 2)).numpy()
+    digest = hashlib.sha256(thousand.astype("<i8").tobytes()).hexdigest()
+    assert digest == "8b7aeb427df2f343f2078eec93c0cc839da9608f9caf5c107ab6f80ce6a353db"
+    assert shuffle_triton.shuffled_rows(torch.arange(1), 1, (1, 2)).tolist() == [0]
+    assert shuffle_triton.shuffled_rows(torch.arange(2), 2, (1, 2)).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("num_rows", [3, 257])
+def test_shuffle(num_rows):
+    rows = shuffle_triton.shuffled_rows(torch.arange(num_rows), num_rows, KEY)
+    assert rows.equal(order(num_rows, KEY))
+
+
+def test_shuffle_of_the_most_rows():
+    positions = torch.tensor([0, 1, shuffle_triton.MAX_ROWS - 1])
+    rows = shuffle_triton.shuffled_rows(positions, shuffle_triton.MAX_ROWS, KEY)
+    assert rows.unique().numel() == 3
+    with pytest.raises(FastTowerError, match="choose backend torch"):
+        shuffle_triton.shuffled_rows(positions, shuffle_triton.MAX_ROWS + 1, KEY)
+
+
+def test_negatives_known_answers():
+    negatives = negatives_triton.sample_negatives(
+        torch.tensor([0, 1, 2]), 6, 3706, key=seed_key(12345678901234567), step=7
+    )
+    assert negatives.tolist() == [
+        [2066, 229, 2559, 660, 751, 2019],
+        [2413, 1685, 3675, 1017, 3122, 2161],
+        [1518, 1068, 2814, 2317, 3081, 607],
+    ]
+
+
+@pytest.mark.parametrize("search", [False, True])
+def test_negatives(search):
+    known, num_negatives = known_positives(search), 6
+    users = torch.arange(27, dtype=torch.int32) % NUM_USERS
+    draw = {"key": KEY, "step": 2**32 - 1, "known_positives": known, "first_position": 11}
+    negatives = negatives_triton.sample_negatives(users, num_negatives, NUM_ITEMS, **draw)
+    expected = negatives_reference.sample_negatives(users, num_negatives, NUM_ITEMS, **draw)
+    counts = known.degrees[users.long()] < NUM_ITEMS
+    assert negatives[counts].equal(expected[counts])
+    assert not bool(known.contains(users[counts].long()[:, None], negatives[counts]).any())
+
+
+def test_negatives_of_the_largest_catalogue():
+    # The product of a word and I has 63 bits, and items are int32.
+    users, num_items = torch.arange(40), 2**31 - 1
+    draw = {"key": KEY, "step": 1}
+    negatives = negatives_triton.sample_negatives(users, 4, num_items, **draw)
+    assert negatives.equal(negatives_reference.sample_negatives(users, 4, num_items, **draw))
+
+
+# ---- the loss and its gradients
+
+
+@pytest.mark.usefixtures("large_programs")
+@pytest.mark.parametrize(
+    ("dim", "num_negatives", "size", "exclude", "settings", "bias"),
+    [
+        (16, 5, 40, "bitmap", {"l2": 0.3}, True),
+        (3, 2, 33, None, {"loss_scale": "pairs"}, False),
+        (37, 4, 5, "search", {"l2": 0.2}, True),
+        (1, 0, 7, "bitmap", {"l2": 0.1}, True),
+    ],
+)
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_gradients(guarded, dim, num_negatives, size, exclude, settings, bias, deterministic):
+    torch.use_deterministic_algorithms(deterministic)
+    known = known_positives(exclude == "search") if exclude else None
+    settings = LossSettings(num_negatives, **settings)
+    check_gradients(guarded, make_tables(dim, bias=bias), make_batch(size), known, settings)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_collisions(guarded, deterministic):
+    # Three users and two items in programs of their real size: nearly every add meets another one.
+    torch.use_deterministic_algorithms(deterministic)
+    tables, batch = (make(n, num_users=3, num_items=2) for make, n in ((make_tables, 16), (make_batch, 30)))
+    check_gradients(guarded, tables, batch, None, LossSettings(5, 0.1), bound=2e-6)
+
+
+def test_users_without_free_items_alone():
+    # Weight 0 for the whole batch: no loss, no gradient, in either mode.
+    tables, known = make_tables(4), known_positives()
+    batch = Interactions(torch.zeros(3, dtype=torch.int32), torch.arange(3, dtype=torch.int32))
+    for deterministic in (False, True):
+        torch.use_deterministic_algorithms(deterministic)
+        gradients = tables.zeros_like()
+        step = (tables, gradients, batch, known, LossSettings(2, 0.1))
+        assert float(bce_triton.train_step(*step, key=KEY, step=0)) == 0
+        assert all(not gradient.any() for gradient in gradients)
+
+
+@pytest.mark.usefixtures("large_programs")
+def test_gradients_are_added():
+    tables, batch = make_tables(4), make_batch(9)
+    for deterministic in (False, True):
+        torch.use_deterministic_algorithms(deterministic)
+        once, twice = tables.zeros_like(), tables.zeros_like()
+        for gradients, times in ((once, 1), (twice, 2)):
+            for _ in range(times):
+                bce_triton.train_step(tables, gradients, batch, None, LossSettings(2, 0.1), key=KEY, step=0)
+        for single, double in zip(once, twice, strict=True):
+            torch.testing.assert_close(double, 2 * single)
+
+
+def test_large_logits():
+    # Logits of 10^4: the positive's is wrong (loss 10^4, slope -1), then right (loss 0, slope 0).
+    tables = Tables(
+        torch.tensor([[100.0, 0, 0, 0]]), torch.tensor([[-100.0, 0, 0, 0], [100.0, 0, 0, 0]]), torch.zeros(2)
+    )
+    for item, loss in ((0, 1e4), (1, 0.0)):
+        gradients = tables.zeros_like()
+        batch = Interactions(torch.zeros(1, dtype=torch.int32), torch.tensor([item], dtype=torch.int32))
+        bce = bce_triton.train_step(tables, gradients, batch, None, LossSettings(0), key=KEY, step=0)
+        assert float(bce) == pytest.approx(loss)
+        assert float(gradients.item_bias[item]) == (-1 if loss else 0)
+
+
+@pytest.mark.usefixtures("large_programs")
+def test_bce_sum_of_a_later_part(guarded):
+    tables, batch, known, settings = make_tables(5), make_batch(20), known_positives(), LossSettings(3, 0.5)
+    draw = {"key": KEY, "step": 0, "first_position": 1000}
+    oracle = bce_reference.bce_sum(doubled(tables), batch, known, settings, **draw)
+    result = bce_triton.bce_sum(guarded.tables(tables), batch, known, settings, **draw)
+    assert float(result) == pytest.approx(float(oracle), rel=1e-6)
+
+
+def test_rows_past_2_31_elements():
+    # The pages of the large table are never touched, but for its last ones.
+    num_users, width = 2**29 + 8, 4
+    users, user_gradients = (torch.empty(num_users, width) for _ in range(2))
+    users[-8:] = torch.randn(8, width, generator=torch.Generator().manual_seed(0))
+    user_gradients[-8:] = 0
+    items, gradients = torch.ones(3, width), torch.zeros(3, width)
+    batch = Interactions(
+        torch.tensor([num_users - 1], dtype=torch.int32), torch.tensor([1], dtype=torch.int32)
+    )
+    tables = Tables(users, items)
+    bce_triton.train_step(
+        tables, Tables(user_gradients, gradients), batch, None, LossSettings(0), key=KEY, step=0
+    )
+    slope = torch.sigmoid(users[-1].double().sum()) - 1
+    torch.testing.assert_close(user_gradients[-1].double(), slope.expand(4), rtol=1e-6, atol=0)
+    torch.testing.assert_close(gradients[1].double(), slope * users[-1].double(), rtol=1e-6, atol=0)
+    assert not bool(user_gradients[-8:-1].any())
+
+
+def test_too_wide():
+    tables = make_tables(513, num_users=1, num_items=1)
+    with pytest.raises(FastTowerError, match="516 dimensions; the triton backend takes 512"):
+        bce_triton.bce_sum(
+            tables, make_batch(1, num_users=1, num_items=1), None, LossSettings(0), key=KEY, step=0
+        )
+
+
+# ---- Adam
+
+
+@pytest.mark.parametrize(("num_users", "num_items", "dim", "bias"), [(90, 70, 12, True), (1, 3, 4, False)])
+def test_adam(guarded, num_users, num_items, dim, bias):
+    generator = torch.Generator().manual_seed(0)
+    start = make_tables(dim, num_users=num_users, num_items=num_items, bias=bias)
+    parameters, moments_1, moments_2 = (
+        guarded.tables(tables) for tables in (start, start.zeros_like(), start.zeros_like())
+    )
+    oracle = [doubled(start), doubled(start.zeros_like()), doubled(start.zeros_like())]
+    for count in range(1, 4):
+        gradients = Tables(*(torch.randn(t.shape, generator=generator) for t in start))
+        exact = doubled(gradients)
+        gradients = guarded.tables(gradients, added_to=True)
+        rates = {"count": count, "learning_rate": 0.1}
+        adam_triton.adam_step(parameters, gradients, moments_1, moments_2, **rates)
+        adam_reference.adam_step(oracle[0], exact, oracle[1], oracle[2], **rates)
+        assert not any(bool(gradient.any()) for gradient in gradients)
+        for result, right in zip((parameters, moments_1, moments_2), oracle, strict=True):
+            for table, table_right in zip(result, right, strict=True):
+                assert error(table, table_right) < 3e-7
+
+
+def test_adam_rates():
+    # Where 1 - beta^count is near 0 and near 1; the learning rate is a float32 at the end, no sooner.
+    for count in (1, 2, 1000, 10**6):
+        rate = adam_triton.step_rates(count, 1, 1e-3).double()[0]
+        exact = torch.tensor([1e-3 / (1 - 0.9**count), (1 - 0.999**count) ** -0.5], dtype=torch.float64)
+        torch.testing.assert_close(rate, exact, rtol=6e-8, atol=0)
+
+
+# ---- many steps
+
+SETTINGS = StepSettings(LossSettings(3, l2=0.01), learning_rate=0.05, batch_size=10, seed=2**33 + 9)
+
+
+@pytest.mark.usefixtures("large_programs")
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_steps(guarded, deterministic):
+    # The second epoch of 3 steps in two calls, the last batch short; then the third with another state.
+    torch.use_deterministic_algorithms(deterministic)
+    interactions, known, tables = make_batch(26), known_positives(), make_tables(6)
+    start = TrainState.start(tables)
+    oracle = TrainState(*(doubled(t) for t in (start.parameters, start.gradients, *start_moments(start))))
+    state = TrainState(
+        *(guarded.tables(t) for t in (start.parameters, start.gradients, *start_moments(start)))
+    )
+    assert steps_per_epoch(len(interactions), SETTINGS.batch_size) == 3
+    for first, count in ((3, 2), (5, 1), (6, 1)):
+        call = (interactions, known, SETTINGS)
+        bce = steps_triton.run_steps(state, *call, first_step=first, num_steps=count)
+        expected = steps_reference.run_steps(oracle, *call, first_step=first, num_steps=count)
+        assert bce.dtype == torch.float64
+        assert float(bce) == pytest.approx(float(expected), rel=1e-6)
+        for result, right in zip(
+            (*state.parameters, *state.moments_1), (*oracle.parameters, *oracle.moments_1), strict=True
+        ):
+            assert error(result, right) < 2e-6
+        assert not any(bool(gradient.any()) for gradient in state.gradients)
+
+
+def start_moments(state):
+    return state.moments_1, state.moments_2
+
+
+@pytest.mark.usefixtures("large_programs")
+def test_a_plan_follows_its_arguments():
+    # Other settings and another mode with the same state must not run what was prepared before.
+    interactions, tables = make_batch(7), make_tables(4)
+    state, oracle = (TrainState.start(Tables(*(t.clone() for t in tables))) for _ in range(2))
+    for settings, deterministic in (
+        (SETTINGS, False),
+        (replace(SETTINGS, learning_rate=0.5), False),
+        (replace(SETTINGS, seed=1, batch_size=4), False),
+        (replace(SETTINGS, seed=1, batch_size=4), True),
+    ):
+        torch.use_deterministic_algorithms(deterministic)
+        call = (interactions, None, settings)
+        steps_triton.run_steps(state, *call, first_step=0, num_steps=1)
+        assert (steps_triton._plans[id(state)].pairs is not None) == deterministic
+        steps_reference.run_steps(oracle, *call, first_step=0, num_steps=1)
+        torch.testing.assert_close(state.parameters.items, oracle.parameters.items)
+    plans = len(steps_triton._plans)
+    del state
+    assert len(steps_triton._plans) == plans - 1
+
+
+def test_no_room(monkeypatch):
+    def out_of_memory(_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(negatives_triton, "build_bitmap", out_of_memory)
+    state = TrainState.start(make_tables(4))
+    with pytest.raises(FastTowerError, match=r"cpu ran out of memory; training needs .* GiB for tables"):
+        steps_triton.run_steps(state, make_batch(5), known_positives(), SETTINGS, first_step=0, num_steps=1)
+
+
+def test_room_is_checked_before_anything_is_copied(monkeypatch):
+    sizes = steps_triton.resident_bytes(
+        num_users=138_493, num_items=26_744, width=64, num_rows=20_000_263, num_known=20_000_263
+    )
+    assert sizes["tables, gradients and moments"] == 16 * (165_237 * 64 + 26_744)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (300 << 20, 8 << 30))
+    with pytest.raises(
+        FastTowerError, match=r"0\.16 GiB for tables.*0\.15 GiB for positives.*0\.29 GiB of 8\.00"
+    ):
+        steps_triton.check_device_memory(sizes, torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (4 << 30, 8 << 30))
+    steps_triton.check_device_memory(sizes, torch.device("cuda", 0))
+
+
+# ---- more shapes
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("large_programs")
+@pytest.mark.parametrize("dim", [2, 64, 100, 128, 256, 512])
+@pytest.mark.parametrize("exclude", [None, "bitmap", "search"])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_gradients_of_more_dims(guarded, dim, exclude, deterministic):
+    torch.use_deterministic_algorithms(deterministic)
+    known = known_positives(exclude == "search") if exclude else None
+    check_gradients(guarded, make_tables(dim), make_batch(37), known, LossSettings(10, 0.2))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("large_programs")
+def test_gradients_of_many_negatives(guarded):
+    check_gradients(
+        guarded, make_tables(8), make_batch(17), known_positives(), LossSettings(101, 0.1), bound=2e-6
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dim", [4, 64, 512])
+def test_programs_of_their_real_size(guarded, dim):
+    check_gradients(guarded, make_tables(dim), make_batch(11), known_positives(), LossSettings(5, 0.1))
