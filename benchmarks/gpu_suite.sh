@@ -14,8 +14,9 @@ results=${1:-benchmarks/results}
 export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}"
 unset TRITON_INTERPRET
 
-if ! "$python" -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else 1)'; then
-    echo "gpu_suite: no GPU on this machine (torch sees no CUDA device): nothing was tested or measured." >&2
+if ! "$python" -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else 1)' 2>/dev/null; then
+    echo "gpu_suite: no GPU on this machine ($python has no torch, or its torch sees no CUDA device):" \
+        "nothing was tested or measured." >&2
     exit 2
 fi
 

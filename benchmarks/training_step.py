@@ -1,12 +1,14 @@
 """The training step on the CPU beside its baselines: `python -m benchmarks.training_step`.
 
-The shape is MovieLens 1M's with Zipf-distributed items. Each way trains in turns of some steps, one after
+The shape is MovieLens 1M's with Zipf-distributed items, or with --data ml-1m the 669,182 rows that RePlay's
+published protocol trains on. Each way trains in turns of some steps, one after
 another and again; the best turn counts, in CPU time, so that a busy machine disturbs all of them alike.
 The ways:
 
     numba               the fused backend with plain sampling, shuffle and gather included
     numba_exclusion     the same with known positives left out and an item bias
     torch               fasttower's plain torch reference, plain sampling
+    torch_exclusion     the same with known positives left out and an item bias
     eager_mulsum        a well-written torch loop: autograd, fused Adam, dot products as (u * v).sum(-1)
     eager_bmm           the same with torch.bmm
     compile             eager_mulsum's loss through torch.compile (--compile)
@@ -25,7 +27,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -37,7 +39,7 @@ from fasttower_kernels.sampled_bce import LossSettings
 from fasttower_kernels.tables import Interactions, Tables
 from fasttower_kernels.train_steps import StepSettings, TrainState, run_steps, steps_per_epoch
 
-NUM_USERS, NUM_ITEMS, NUM_ROWS, NUM_NEGATIVES = 6_040, 3_706, 1_000_000, 10
+NUM_NEGATIVES = 10
 LEARNING_RATE = 1e-3
 SHAPES = ((16, 1024), (16, 8192), (64, 1024), (64, 8192))
 
@@ -45,35 +47,56 @@ Steps = Callable[[int], Any]
 """Trains that many steps."""
 
 
-def make_interactions() -> Interactions:
+class Data(NamedTuple):
+    """What is trained on."""
+
+    interactions: Interactions
+    num_users: int
+    num_items: int
+
+
+def make_data() -> Data:
+    num_users, num_items, num_rows = 6_040, 3_706, 1_000_000
     rng = np.random.default_rng(0)
-    weight = 1 / np.arange(1, NUM_ITEMS + 1) ** 0.9
-    users = rng.integers(0, NUM_USERS, NUM_ROWS, dtype=np.int32)
-    items = rng.choice(NUM_ITEMS, NUM_ROWS, p=weight / weight.sum()).astype(np.int32)
-    return Interactions(torch.from_numpy(users), torch.from_numpy(items))
+    weight = 1 / np.arange(1, num_items + 1) ** 0.9
+    users = rng.integers(0, num_users, num_rows, dtype=np.int32)
+    items = rng.choice(num_items, num_rows, p=weight / weight.sum()).astype(np.int32)
+    return Data(Interactions(torch.from_numpy(users), torch.from_numpy(items)), num_users, num_items)
 
 
-def make_tables(dim: int, *, item_bias: bool = False) -> Tables:
+def read_data(name: str) -> Data:
+    from fasttower.config import DataConfig
+    from fasttower.data.preparation import prepare
+
+    prepared = prepare(name, DataConfig(min_rating=3, valid_fraction=0))
+    columns = (torch.tensor(prepared.fit[name].to_numpy()) for name in ("user_index", "item_index"))
+    return Data(Interactions(*columns), prepared.users.height, prepared.items.height)
+
+
+def make_tables(dim: int, data: Data, *, item_bias: bool = False) -> Tables:
     generator = torch.Generator().manual_seed(0)
     users, items = (
-        torch.randn(rows, dim, generator=generator) * 0.1 / dim**0.5 for rows in (NUM_USERS, NUM_ITEMS)
+        torch.randn(rows, dim, generator=generator) * 0.1 / dim**0.5
+        for rows in (data.num_users, data.num_items)
     )
-    return Tables(users, items, torch.zeros(NUM_ITEMS) if item_bias else None)
+    return Tables(users, items, torch.zeros(data.num_items) if item_bias else None)
 
 
 def fasttower_way(
-    backend: str, dim: int, batch_size: int, interactions: Interactions, known: KnownPositives | None = None
+    backend: str, dim: int, batch_size: int, data: Data, known: KnownPositives | None = None
 ) -> Steps:
-    state = TrainState.start(make_tables(dim, item_bias=known is not None))
+    state = TrainState.start(make_tables(dim, data, item_bias=known is not None))
     settings = StepSettings(LossSettings(NUM_NEGATIVES), LEARNING_RATE, batch_size, seed=1)
-    per_epoch = steps_per_epoch(NUM_ROWS, batch_size)
+    per_epoch = steps_per_epoch(len(data.interactions), batch_size)
     done = 0
 
     def steps(count: int) -> None:
         nonlocal done
         if done % per_epoch + count > per_epoch:
             done += per_epoch - done % per_epoch
-        run_steps(state, interactions, known, settings, first_step=done, num_steps=count, backend=backend)
+        run_steps(
+            state, data.interactions, known, settings, first_step=done, num_steps=count, backend=backend
+        )
         done += count
 
     return steps
@@ -90,22 +113,23 @@ def loss_bmm(users, items, user_index, item_index, labels):
     return F.binary_cross_entropy_with_logits(logits, labels)
 
 
-def torch_way(loss_of: Callable[..., Any], dim: int, batch_size: int, interactions: Interactions) -> Steps:
-    tables = make_tables(dim)
+def torch_way(loss_of: Callable[..., Any], dim: int, batch_size: int, data: Data) -> Steps:
+    tables = make_tables(dim, data)
     parameters = [torch.nn.Parameter(tables.users), torch.nn.Parameter(tables.items)]
     optimiser = torch.optim.Adam(parameters, lr=LEARNING_RATE, fused=True)
     labels = torch.zeros(batch_size, 1 + NUM_NEGATIVES)
     labels[:, 0] = 1
-    users, items = interactions.user_index.long(), interactions.item_index.long()
-    order = torch.randperm(NUM_ROWS)
+    users, items = data.interactions.user_index.long(), data.interactions.item_index.long()
+    num_rows = len(users)
+    order = torch.randperm(num_rows)
     done = 0
 
     def steps(count: int) -> None:
         nonlocal done
         for _ in range(count):
-            rows = order[done * batch_size % (NUM_ROWS - batch_size) :][:batch_size]
+            rows = order[done * batch_size % (num_rows - batch_size) :][:batch_size]
             done += 1
-            negatives = torch.randint(NUM_ITEMS, (batch_size, NUM_NEGATIVES))
+            negatives = torch.randint(data.num_items, (batch_size, NUM_NEGATIVES))
             item_index = torch.cat([items[rows][:, None], negatives], dim=1)
             optimiser.zero_grad(set_to_none=True)
             loss_of(*parameters, users[rows], item_index, labels).backward()
@@ -117,14 +141,15 @@ def torch_way(loss_of: Callable[..., Any], dim: int, batch_size: int, interactio
 class DrawnRows(torch.utils.data.Dataset):
     """A positive and its negatives a row, as notebooks draw them."""
 
-    def __init__(self, interactions: Interactions) -> None:
-        self.users, self.items = interactions.user_index.numpy(), interactions.item_index.numpy()
+    def __init__(self, data: Data) -> None:
+        self.users, self.items = data.interactions.user_index.numpy(), data.interactions.item_index.numpy()
+        self.num_items = data.num_items
 
     def __len__(self) -> int:
         return len(self.users)
 
     def __getitem__(self, row: int) -> tuple[int, Any, Any]:
-        negatives = np.random.randint(0, NUM_ITEMS, NUM_NEGATIVES)
+        negatives = np.random.randint(0, self.num_items, NUM_NEGATIVES)
         return (
             int(self.users[row]),
             np.concatenate([[self.items[row]], negatives]),
@@ -132,11 +157,11 @@ class DrawnRows(torch.utils.data.Dataset):
         )
 
 
-def dataloader_way(dim: int, batch_size: int, interactions: Interactions) -> Steps:
-    tables = make_tables(dim)
+def dataloader_way(dim: int, batch_size: int, data: Data) -> Steps:
+    tables = make_tables(dim, data)
     parameters = [torch.nn.Parameter(tables.users), torch.nn.Parameter(tables.items)]
     optimiser = torch.optim.Adam(parameters, lr=LEARNING_RATE)
-    loader = torch.utils.data.DataLoader(DrawnRows(interactions), batch_size=batch_size, shuffle=True)
+    loader = torch.utils.data.DataLoader(DrawnRows(data), batch_size=batch_size, shuffle=True)
     batches = iter(loader)
 
     def steps(count: int) -> None:
@@ -154,7 +179,7 @@ def dataloader_way(dim: int, batch_size: int, interactions: Interactions) -> Ste
     return steps
 
 
-def c_way(dim: int, batch_size: int, interactions: Interactions, folder: Path) -> Steps:
+def c_way(dim: int, batch_size: int, data: Data, folder: Path) -> Steps:
     library = folder / f"c_limit_{dim}.so"
     if not library.exists():
         flags = ["-O3", "-march=native", "-mprefer-vector-width=512", "-ffast-math", "-shared", "-fPIC"]
@@ -163,10 +188,10 @@ def c_way(dim: int, batch_size: int, interactions: Interactions, folder: Path) -
         subprocess.run(["gcc", *flags, *macros, source, "-o", library, "-lm"], check=True)
     run = ctypes.CDLL(str(library)).run_steps
     run.restype = ctypes.c_double
-    state = TrainState.start(make_tables(dim))
+    state = TrainState.start(make_tables(dim, data))
     groups = (state.parameters, state.gradients, state.moments_1, state.moments_2)
     pointers = (ctypes.c_void_p * 8)(*(table.data_ptr() for group in groups for table in group))
-    rows = (ctypes.c_int64 * 2)(NUM_USERS, NUM_ITEMS)
+    rows = (ctypes.c_int64 * 2)(data.num_users, data.num_items)
     done = 0
 
     def steps(count: int) -> None:
@@ -175,9 +200,9 @@ def c_way(dim: int, batch_size: int, interactions: Interactions, folder: Path) -
         run(
             pointers,
             rows,
-            ctypes.c_void_p(interactions.user_index.data_ptr()),
-            ctypes.c_void_p(interactions.item_index.data_ptr()),
-            ctypes.c_int64(NUM_ROWS),
+            ctypes.c_void_p(data.interactions.user_index.data_ptr()),
+            ctypes.c_void_p(data.interactions.item_index.data_ptr()),
+            ctypes.c_int64(len(data.interactions)),
             ctypes.c_int64(batch_size),
             ctypes.c_uint32(1),
             ctypes.c_uint32(0),
@@ -212,37 +237,40 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15, help="turns of each way")
     parser.add_argument("--compile", action="store_true", help="torch.compile too: half a minute more")
     parser.add_argument("--dataloader", action="store_true", help="the DataLoader way too: slow")
+    parser.add_argument("--data", help="a data set by name or path, instead of made-up rows")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    interactions = make_interactions()
-    known = KnownPositives.from_pairs(interactions.user_index, interactions.item_index, NUM_USERS, NUM_ITEMS)
+    data = read_data(arguments.data) if arguments.data else make_data()
+    rows = len(data.interactions)
+    known = KnownPositives.from_pairs(*vars(data.interactions).values(), data.num_users, data.num_items)
     print(
         f"{platform.machine()}, torch {torch.__version__}, numba {numba.__version__}, 1 thread; "
-        f"{NUM_USERS} users, {NUM_ITEMS} items, {NUM_ROWS} positives, {NUM_NEGATIVES} negatives; "
+        f"{data.num_users} users, {data.num_items} items, {rows} positives, {NUM_NEGATIVES} negatives; "
         f"CPU time, best of {arguments.repeats}"
     )
     with tempfile.TemporaryDirectory() as folder:
         for dim, batch_size in SHAPES:
             ways = {
-                "numba": fasttower_way("numba", dim, batch_size, interactions),
-                "numba_exclusion": fasttower_way("numba", dim, batch_size, interactions, known),
-                "torch": fasttower_way("torch", dim, batch_size, interactions),
-                "eager_mulsum": torch_way(loss_mulsum, dim, batch_size, interactions),
-                "eager_bmm": torch_way(loss_bmm, dim, batch_size, interactions),
+                "numba": fasttower_way("numba", dim, batch_size, data),
+                "numba_exclusion": fasttower_way("numba", dim, batch_size, data, known),
+                "torch": fasttower_way("torch", dim, batch_size, data),
+                "torch_exclusion": fasttower_way("torch", dim, batch_size, data, known),
+                "eager_mulsum": torch_way(loss_mulsum, dim, batch_size, data),
+                "eager_bmm": torch_way(loss_bmm, dim, batch_size, data),
             }
             if arguments.compile:
                 compiled = torch.compile(loss_mulsum, dynamic=False)
-                ways["compile"] = torch_way(compiled, dim, batch_size, interactions)
+                ways["compile"] = torch_way(compiled, dim, batch_size, data)
             if arguments.dataloader:
-                ways["dataloader"] = dataloader_way(dim, batch_size, interactions)
+                ways["dataloader"] = dataloader_way(dim, batch_size, data)
             if shutil.which("gcc"):
-                ways["c_limit"] = c_way(dim, batch_size, interactions, Path(folder))
+                ways["c_limit"] = c_way(dim, batch_size, data, Path(folder))
             best = best_ns(ways, batch_size, arguments.repeats)
             print(f"\ndim {dim}, batch {batch_size}")
             for name, ns in best.items():
                 print(
-                    f"  {name:16s} {ns:8.0f} ns a positive {ns * NUM_ROWS / 1e9:7.3f} s an epoch "
+                    f"  {name:16s} {ns:8.0f} ns a positive {ns * rows / 1e9:7.3f} s an epoch "
                     f"{ns / best['numba']:7.2f} x numba"
                 )
             eager = min(best["eager_mulsum"], best["eager_bmm"])

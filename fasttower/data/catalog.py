@@ -82,7 +82,9 @@ def _download(name: str, folder: Path, on_download: Progress | None) -> Path:
             downloader=pooch.HTTPDownloader(progressbar=on_download or False, timeout=_CONNECT_AND_READ_S),
         )
     except (OSError, ValueError) as error:  # requests' errors are OSErrors; a wrong checksum is a ValueError
-        reason = str(error).strip().split("\n", maxsplit=1)[0]
+        # requests' own words for a missing network are three exceptions inside each other.
+        offline = getattr(error, "response", error) is None
+        reason = "no connection" if offline else str(error).strip().split("\n", maxsplit=1)[0]
         raise FastTowerError(
             f"{name} is not on this machine and {address} could not be downloaded ({reason});"
             f" download it elsewhere and put it in {folder}, or name its folder with --data-root"
