@@ -1,6 +1,6 @@
 """How the default preset's numbers were chosen: a grid on validation parts of RePlay's ML-1M protocol.
 
-    FASTTOWER_DATA=... python -m benchmarks.selection --output benchmarks/results/selection-ml-1m.json
+    FASTTOWER_DATA=... python -m benchmarks.selection --min-rating 3 --output FILE
 
 Every point of the grid is trained for several seeds and several validation cuts, each cut putting another
 share of the end of the time line aside, since one cut alone has few users. The curves of the validation
@@ -22,14 +22,14 @@ import torch
 
 from fasttower.config import PRESETS
 from fasttower.data.preparation import prepare
-from fasttower.fit import to_training_data
+from fasttower.pipeline import to_training_data
 from fasttower.run import versions
 from fasttower.training.selection import train_model
 
 GRID = {
     "embedding_dim": [16, 32, 64],
-    "l2": [0.03, 0.06, 0.1, 0.13, 0.17],
-    "learning_rate": [0.002, 0.005, 0.01],
+    "l2": [0.03, 0.06, 0.1, 0.15],
+    "learning_rate": [0.005, 0.01],
 }
 
 
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--min-user-interactions", type=int, default=0)
     parser.add_argument("--test-min-rating", type=float)
     parser.add_argument("--batch-size", type=int)
-    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--valid-fractions", type=float, nargs="+", default=[0.1, 0.2, 0.3])
     for name, values in GRID.items():

@@ -9,21 +9,32 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fasttower.config import PRESETS, Config
     from fasttower.errors import FastTowerError, TrainingError
-    from fasttower.fit import fit
     from fasttower.model import TwoTower
+    from fasttower.pipeline import FitObserver, fit
     from fasttower.run import Run, load_run
 
 __version__ = "0.1.0"
-__all__ = ["PRESETS", "Config", "FastTowerError", "Run", "TrainingError", "TwoTower", "fit", "load_run"]
+__all__ = [
+    "PRESETS",
+    "Config",
+    "FastTowerError",
+    "FitObserver",
+    "Run",
+    "TrainingError",
+    "TwoTower",
+    "fit",
+    "load_run",
+]
 
 _HOMES = {
     "PRESETS": "config",
     "Config": "config",
     "FastTowerError": "errors",
     "Run": "run",
+    "FitObserver": "pipeline",
     "TrainingError": "errors",
     "TwoTower": "model",
-    "fit": "fit",
+    "fit": "pipeline",
     "load_run": "run",
 }
 
@@ -32,7 +43,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-    globals()[name] = value  # over the submodule of the same name, which `fit` has
+    globals()[name] = value
     return value
 
 

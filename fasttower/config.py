@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 from fasttower.errors import FastTowerError
 
@@ -60,7 +60,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        _check(self, "split", self.split in get_args(Split), f"one of {', '.join(get_args(Split))}")
+        _check_types(self)
         for name in ("min_user_interactions", "min_item_interactions"):
             _check(self, name, getattr(self, name) >= 0, "0 or more")
         for name in ("min_rating", "test_min_rating"):
@@ -105,6 +105,9 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
+        if isinstance(self.l2, int | float):
+            object.__setattr__(self, "l2", (self.l2,))
+        _check_types(self)
         _check(self, "seed", 0 <= self.seed < 2**63, "a whole number from 0 to 2**63 - 1")
         _check(self, "embedding_dim", 1 <= self.embedding_dim <= 512, "1 to 512")
         _check(self, "num_negatives", self.num_negatives >= 0, "0 or more")
@@ -117,8 +120,6 @@ class TrainingConfig:
         _check(self, "learning_rate", 0 < self.learning_rate <= 1e30, "a number above 0, at most 1e30")
         scale = self.init_scale
         _check(self, "init_scale", scale is None or 0 <= scale < math.inf, "a finite number, 0 or more")
-        _check(self, "loss_scale", self.loss_scale in get_args(LossScale), " or ".join(get_args(LossScale)))
-        _check(self, "backend", self.backend in get_args(Backend), f"one of {', '.join(get_args(Backend))}")
 
     def resolved(self, num_rows: int) -> Self:
         """The same configuration with what was left open filled in.
@@ -155,11 +156,12 @@ class Config(TrainingConfig, DataConfig):
 
     def __post_init__(self) -> None:
         """Check the ranges of every part."""
-        DataConfig.__post_init__(self)
         TrainingConfig.__post_init__(self)
-        _check(self, "device", self.device in get_args(Device), f"one of {', '.join(get_args(Device))}")
+        DataConfig.__post_init__(self)
         _check(self, "k", self.k >= 1, "1 or more")
-        _check(self, "seeds", self.seeds >= 1, "1 or more")
+        _check(
+            self, "seeds", 1 <= self.seeds <= 2**63 - self.seed, "1 or more, and the last seed below 2**63"
+        )
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], base: Config | None = None) -> Config:
@@ -198,6 +200,31 @@ class Config(TrainingConfig, DataConfig):
             "backend_requested": self.backend,
             "backend": backend,
         }
+
+
+def _check_types(config: DataConfig | TrainingConfig) -> None:
+    """Check every field against its annotation, so that nothing of a wrong type is met hours later."""
+    for name, hint in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        expected = hint
+        if get_origin(hint) is Literal:
+            expected = f"one of {', '.join(get_args(hint))}"
+        elif isinstance(hint, type):
+            expected = {int: "a whole number", float: "a number"}.get(hint, hint.__name__)
+        _check(config, name, _is_of(value, hint), str(expected))
+
+
+def _is_of(value: object, hint: Any) -> bool:  # noqa: ANN401 - annotations have no type
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_is_of(part, get_args(hint)[0]) for part in value)
+    if get_args(hint):
+        return any(_is_of(value, part) for part in get_args(hint))
+    if hint in (int, float):
+        # A bool is an int to Python, and not to anybody else.
+        return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
+    return isinstance(value, hint)
 
 
 def _check(config: object, name: str, holds: bool, expected: str) -> None:

@@ -6,12 +6,13 @@ from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from fasttower.config import Config
 from fasttower.data.preparation import PreparedData
-from fasttower.fit import FitObserver
+from fasttower.pipeline import FitObserver
 from fasttower.run import Run
 from fasttower.training.trainer import EpochRecord
 
@@ -51,6 +52,9 @@ class ConsoleObserver(FitObserver):
     Args:
         quiet: show nothing.
         to_stderr: leave stdout to the caller.
+
+    Attributes:
+        training: whether the training has begun, so that there will be a run to write.
     """
 
     def __init__(self, *, quiet: bool = False, to_stderr: bool = False) -> None:
@@ -67,6 +71,7 @@ class ConsoleObserver(FitObserver):
         )
         self._bars: dict[str, TaskID] = {}
         self._stop = False
+        self.training = False
 
     def __enter__(self) -> ConsoleObserver:
         """Start the progress display."""
@@ -93,12 +98,12 @@ class ConsoleObserver(FitObserver):
 
     def on_warning(self, line: str) -> None:
         """Show a line that must not be missed, on stderr, even when quiet."""
-        self._warnings.print(f"[bold yellow]warning:[/] {line}")
+        self._warnings.print(f"[bold yellow]warning:[/] {escape(line)}")
 
     def on_prepared(self, prepared: PreparedData, config: Config) -> None:
         """Show what each step of the preparation kept and dropped."""
         unit = f", timestamps in {prepared.timestamp_unit}" if prepared.timestamp_unit else ""
-        table = Table(title=config.data + unit, title_justify="left")
+        table = Table(title=escape(config.data + unit), title_justify="left")
         table.add_column("step")
         for name in ("rows", "users", "items", "dropped rows"):
             table.add_column(name, justify="right")
@@ -113,6 +118,7 @@ class ConsoleObserver(FitObserver):
 
     def on_training(self, device: str, backend: str, why: str, threads: int) -> None:
         """Show where the training runs."""
+        self.training = True
         where = f"{device}, {threads} threads" if device == "cpu" else device
         self._console.print(f"training on {where}, backend {backend} ({why})")
 
@@ -128,6 +134,8 @@ class ConsoleObserver(FitObserver):
         if phase not in self._bars:
             self._bars[phase] = self._progress.add_task(phase, total=total, speed="")
         bar = self._bars[phase]
+        if done < self._progress.tasks[self._progress.task_ids.index(bar)].completed:
+            self._progress.reset(bar, total=total)  # the phase starts anew, with the next L2
         speed = self._progress.tasks[self._progress.task_ids.index(bar)].speed
         text = f"{speed:,.0f} positives/s" if speed else ""
         self._progress.update(bar, completed=done, description=f"{phase} {epoch}/{epochs}", speed=text)
@@ -158,8 +166,10 @@ class ConsoleObserver(FitObserver):
             table.add_column("std", justify="right")
         table.add_column("popularity", justify="right")
         for name, value in metrics["test"].items():
-            deviation = metrics["test_std"][name] if "test_std" in metrics else None
-            row = [f"{value:.4f}"] + ([f"{deviation:.4f}"] if deviation is not None else [])
+            row = [f"{value:.4f}"]
+            if "test_std" in metrics:
+                deviation = metrics["test_std"][name]
+                row.append("-" if deviation is None else f"{deviation:.4f}")
             table.add_row(name, *row, f"{metrics['popularity'][name]:.4f}")
         self._console.print(table)
         self._console.print(f"trained for {metrics['best_epoch']} epochs with L2 {metrics['l2']:g}")
@@ -170,4 +180,4 @@ class ConsoleObserver(FitObserver):
         self._console.print(times)
         if run.interrupted:
             self._warnings.print("interrupted: the run holds what had been trained by then")
-        self._console.print(f"run written to {run_dir}")
+        self._console.print(f"run written to {escape(str(run_dir))}")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
 import platform
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,9 +61,11 @@ class Run:
             FastTowerError: the directory is not empty, or cannot be written.
         """
         path = Path(path)
-        check_writable(path)
+        with reserved(path):
+            self._write(path)
+
+    def _write(self, path: Path) -> None:
         try:
-            path.mkdir(parents=True, exist_ok=True)
             config = self.config.to_json(device=self.device, backend=self.backend)
             _write_json(path / "config.json", config)
             save_file(self.model.saved_tensors(), path / "model.safetensors")
@@ -70,7 +75,7 @@ class Run:
             (path / "history.jsonl").write_text("".join(lines))
             self.recommendations.write_parquet(path / "recommendations.parquet")
             _write_json(path / "metrics.json", self.metrics)
-        except OSError as error:
+        except (OSError, SafetensorError, pl.exceptions.PolarsError) as error:
             raise FastTowerError(f"the run cannot be written to {path}: {error}.") from error
 
 
@@ -104,19 +109,31 @@ def load_run(path: str | Path) -> Run:
         raise FastTowerError(f"{path} holds a damaged run: {error}.") from error
 
 
-def check_writable(path: Path) -> None:
-    """Refuse a path where a run would mix with other files.
+@contextlib.contextmanager
+def reserved(path: Path) -> Iterator[None]:
+    """Make a run's directory before there is a run, and take it away again if the block fails.
 
     Raises:
-        FastTowerError: there is a file, or a directory that is not empty.
+        FastTowerError: there is a file, a directory that is not empty, or none can be made or written in.
     """
-    if path.is_dir():
-        if any(path.iterdir()):
-            raise FastTowerError(
-                f"the run directory {path} is not empty; give another --run-dir or remove it."
-            )
-    elif path.exists():
-        raise FastTowerError(f"the run directory {path} is a file; give another --run-dir.")
+    try:
+        if path.is_dir() and any(path.iterdir()):
+            raise FastTowerError(f"the run directory {path} is not empty; give another --run-dir.")
+        made = not path.exists()
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise FastTowerError(
+            f"the run directory {path} cannot be written: {error}; give another --run-dir."
+        ) from error
+    try:
+        yield
+    except BaseException:
+        if made:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        raise
 
 
 def versions() -> dict[str, str]:

@@ -6,6 +6,8 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import os
+import re
 import signal
 import sys
 import time
@@ -52,15 +54,16 @@ def run(arguments: Sequence[str]) -> int:
     if flags.version:
         sys.stdout.write(f"fasttower {__version__}\n")
         return 0
-    from fasttower.fit import fit  # noqa: PLC0415 - after the flags are known to be good: it imports torch
+    from fasttower.pipeline import fit  # noqa: PLC0415 - after the flags are known to be good: it imports torch
     from fasttower.report import ConsoleObserver  # noqa: PLC0415
-    from fasttower.run import check_writable  # noqa: PLC0415
+    from fasttower.run import reserved  # noqa: PLC0415
 
     config = Config(**{field.name: getattr(flags, field.name) for field in dataclasses.fields(Config)})
-    run_dir = flags.run_dir or Path("runs") / f"{Path(config.data).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    check_writable(run_dir)
+    name = re.sub(r"[^\w.-]+", "_", Path(config.data).stem)
+    run_dir = flags.run_dir or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     observer = ConsoleObserver(quiet=flags.quiet, to_stderr=flags.json)
-    with stop_on_ctrl_c(observer), observer:
+    # A place where nothing can be written is found out before the training, not after it.
+    with reserved(run_dir), stop_on_ctrl_c(observer), observer:
         finished = fit(config=config, observer=observer)
         finished.save(run_dir)
     observer.show_result(finished, run_dir)
@@ -101,11 +104,15 @@ def _read_json(path: Path) -> dict[str, object]:
 
 @contextlib.contextmanager
 def stop_on_ctrl_c(observer: ConsoleObserver) -> Iterator[None]:
-    """The first Ctrl-C asks the training to stop and the run to be written; the second interrupts at once."""
+    """The first Ctrl-C in the training stops it and has the run written; others interrupt at once."""
 
     def ask(signum: int, frame: object) -> None:
-        observer.stop()
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        if not observer.training:
+            raise KeyboardInterrupt
+        observer.stop()
+        # Past Python's buffers, which the signal may have interrupted.
+        os.write(2, b"\nstopping; the run will be written. Ctrl-C again gives it up.\n")
 
     before = signal.signal(signal.SIGINT, ask)
     try:

@@ -34,11 +34,27 @@ from fasttower.errors import FastTowerError
         ("device", "tpu"),
         ("backend", "cuda"),
         ("loss_scale", "batch"),
+        ("embedding_dim", 16.5),
+        ("epochs", True),
+        ("seed", 1.5),
+        ("item_bias", "no"),
+        ("l2", "0.1"),
+        ("data", 3),
+        ("preset", "fast"),
     ],
 )
 def test_values_out_of_range_are_named_by_their_flag(field, value):
     with pytest.raises(FastTowerError, match="--" + field.replace("_", "-")):
         Config(**{field: value})
+
+
+def test_one_l2_needs_no_tuple():
+    assert Config(l2=0.06).l2 == (0.06,)
+
+
+def test_the_last_of_several_seeds_is_in_range():
+    with pytest.raises(FastTowerError, match="--seeds"):
+        Config(seed=2**63 - 1, seeds=2)
 
 
 def test_json_brings_back_what_was_asked_for():

@@ -180,5 +180,37 @@ def test_several_seeds_give_means_and_deviations(run, ratings):
     assert several.recommendations.equals(run.recommendations)
 
 
+class StopInSecondSeed(fasttower.FitObserver):
+    seeds = 0
+
+    def on_seed(self, seed):
+        self.seeds += 1
+
+    def should_stop(self):
+        return self.seeds == 2
+
+
+def test_a_seed_that_was_stopped_does_not_count(run, ratings):
+    stopped = fasttower.fit(ratings, Config(**{**vars(CONFIG), "seeds": 3}), observer=StopInSecondSeed())
+    assert stopped.interrupted
+    assert len(stopped.metrics["test_seeds"]) == 1
+    assert stopped.metrics["test"] == pytest.approx(run.metrics["test"], abs=1e-12)
+    assert stopped.metrics["test_std"]["NDCG@5"] is None
+
+
+def test_fit_stays_the_function_whatever_is_imported():
+    from fasttower.report import ConsoleObserver
+
+    assert ConsoleObserver
+    assert callable(fasttower.fit)
+
+
+def test_a_validation_file_of_another_type(ratings, tmp_path):
+    ratings[:1500].write_parquet(tmp_path / "source.parquet")
+    ratings[1500:].write_csv(tmp_path / "valid.csv")
+    config = Config(**{**vars(CONFIG), "valid_data": str(tmp_path / "valid.csv")})
+    assert fasttower.fit(tmp_path / "source.parquet", config).metrics["test"]
+
+
 def test_a_model_of_what_can_be_learned_beats_popularity(run):
     assert run.metrics["test"]["NDCG@5"] > run.metrics["popularity"]["NDCG@5"]

@@ -105,6 +105,13 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, said, capsys):
     assert printed.err.count("\n") == 1
 
 
+def test_a_place_where_nothing_can_be_written_is_found_before_the_training(csv, capsys):
+    assert command("--data", csv, "--run-dir", csv / "run", *QUICK) == 2
+    printed = capsys.readouterr()
+    assert "--run-dir" in printed.err
+    assert "choose" not in printed.out
+
+
 def test_a_diverged_training_is_exit_code_3(csv, tmp_path, capsys):
     assert command("--data", csv, "--run-dir", tmp_path / "run", *QUICK, "--learning-rate", "1e30") == 3
     assert "--learning-rate" in capsys.readouterr().err

@@ -84,3 +84,15 @@ def test_interactions_are_checked():
         Interactions(torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.int32))
     with pytest.raises(FastTowerError, match="3 user indices and 2"):
         Interactions(torch.zeros(3, dtype=torch.int32), torch.zeros(2, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("backend", ["torch", "numba"])
+def test_indices_beyond_the_tables_are_refused(interactions, known, backend):
+    wrong = Interactions(interactions.user_index + 8, interactions.item_index)
+    for positives, pairs, said in (
+        (wrong, None, "user indices reach"),
+        (interactions, known, "known positives"),
+    ):
+        state = TrainState.start(Tables(torch.zeros(8, 4), torch.zeros(13, 4), torch.zeros(13)))
+        with pytest.raises(FastTowerError, match=said):
+            run_steps(state, positives, pairs, SETTINGS, first_step=0, num_steps=1, backend=backend)

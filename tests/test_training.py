@@ -128,6 +128,23 @@ def test_stopped_while_choosing(data):
     assert trained.best_epoch in (1, 2)
 
 
+def test_stopped_in_the_refit_keeps_the_best_epochs_model(data):
+    whole = train_model(data, CONFIG, k=5, refit=False)
+    trained = train_model(data, CONFIG, k=5, refit=True, observer=Recorder(looks=5))
+    assert trained.interrupted
+    assert trained.best_epoch > 1  # else the refit was not stopped
+    assert [record.phase for record in trained.history] == ["choose"] * 4 + ["refit"]
+    for left, right in zip(trained.model.tables, whole.model.tables, strict=True):
+        assert left.equal(right)
+
+
+def test_parameters_beyond_all_use_stop_the_training_in_a_single_step(data):
+    config = TrainingConfig(**{**vars(CONFIG), "learning_rate": 1e30, "batch_size": 1000})
+    model = TwoTower(NUM_USERS, NUM_ITEMS, 4).initialise(0, 0.1)
+    with pytest.raises(TrainingError, match="learning-rate"):
+        train(model, data.fit, data.known_positives, config, l2=0.0, epochs=1)
+
+
 def test_stopped_in_the_first_epoch(data, monkeypatch):
     monkeypatch.setattr("fasttower.training.trainer._TICK_POSITIVES", 64)
     trained = train_model(data, CONFIG, k=5, refit=True, observer=Recorder(looks=1))

@@ -131,5 +131,11 @@ def _of_one_type(read: list[Interactions], column: str) -> list[pl.Series]:
             ids = ids.cast(pl.String).cast(dtype) if not dtype.is_integer() else ids
         aligned.append(ids)
     if dtype.is_integer() and len({ids.dtype for ids in aligned}) > 1:
-        aligned = [ids.cast(pl.Int64) for ids in aligned]
+        try:
+            aligned = [ids.cast(pl.Int64) for ids in aligned]
+        except pl.exceptions.PolarsError:
+            raise FastTowerError(
+                f"{source.name}: {column} is {dtype} and another file's is not, with ids past 63 bits;"
+                " write all files with one type"
+            ) from None
     return aligned

@@ -194,8 +194,9 @@ def _append_warm(
     """The source with the warm rows of a validation file behind it, the file's rows, and who is in train."""
     warm = valid.filter(steps.part(rows).warm())
     in_train = pl.Series(np.arange(len(rows) + len(warm)) < len(rows))
-    shared = [column for column in rows.columns if column in warm.columns]
-    return pl.concat([rows.select(shared), warm.select(shared)]), valid, in_train
+    # After the cuts nothing but the ids is needed, and other columns may be of other types.
+    ids = ["user_id", "item_id"]
+    return pl.concat([rows.select(ids), warm.select(ids)]), valid, in_train
 
 
 def _to_evaluate(

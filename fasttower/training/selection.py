@@ -56,6 +56,7 @@ def train_model(
     *,
     k: int,
     refit: bool,
+    filter_seen: bool = True,
     observer: Observer = Observer(),  # noqa: B008 - it has no state
 ) -> TrainedModel:
     """Train a two-tower model, L2 and the epochs chosen on the validation part where there is one.
@@ -64,7 +65,8 @@ def train_model(
     with the best validation NDCG@k (the first of equals); phase "refit" trains from scratch on ``fit`` with
     that L2 for that many epochs. Without ``refit`` the best epoch's model is kept. Without a validation part
     there is one phase, "train", on ``fit`` with the first L2, and its last epoch counts. A stop signal keeps
-    the best epoch so far, or the model as it is where no epoch has ended.
+    the best epoch's model so far, also when it comes in the refit, or the model as it is where no epoch has
+    ended.
 
     Raises:
         TrainingError: the loss is not finite.
@@ -81,7 +83,7 @@ def train_model(
     seen = KnownPositives.from_pairs(
         data.train.user_index, data.train.item_index, known.num_users, known.num_items
     )
-    validation = Validation.of(data.valid, seen, k)
+    validation = Validation.of(data.valid, seen, k, filter_seen=filter_seen)
     best: EpochRecord | None = None
     best_tables: list[torch.Tensor] = []
 
@@ -110,13 +112,15 @@ def train_model(
     if best is None:
         return TrainedModel(model, history, l2, 0, interrupted=True)
     if refit and not observer.should_stop():
-        model = _new_model(data, config)
-        history += train(
-            model, data.fit, known, config, l2=best.l2, epochs=best.epoch, phase="refit", observer=observer
+        refitted = _new_model(data, config)
+        records = train(
+            refitted, data.fit, known, config, l2=best.l2, epochs=best.epoch, phase="refit", observer=observer
         )
-    else:
-        for table, values in zip(model.tables, best_tables, strict=True):
-            table.copy_(values)
+        history += records
+        if len(records) == best.epoch:
+            return TrainedModel(refitted, history, best.l2, best.epoch, observer.should_stop())
+    for table, values in zip(model.tables, best_tables, strict=True):
+        table.copy_(values)
     return TrainedModel(model, history, best.l2, best.epoch, observer.should_stop())
 
 

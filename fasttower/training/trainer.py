@@ -21,6 +21,9 @@ from fasttower_kernels.train_steps import StepSettings, TrainState, run_steps, s
 # Positives between two looks at the progress callback and at the stop signal, on a CPU.
 _TICK_POSITIVES = 1 << 18
 
+# Products of two larger ones may not be summed in float32.
+_LARGEST_PARAMETER = 1e15
+
 
 @dataclass(frozen=True)
 class EpochRecord:
@@ -96,7 +99,7 @@ def train(
         The record of each epoch that ended.
 
     Raises:
-        TrainingError: the loss is not finite.
+        TrainingError: the loss or a parameter is not finite, or beyond all use.
     """
     num_rows = len(interactions)
     batch_size = config.resolved(num_rows).batch_size
@@ -130,10 +133,12 @@ def train(
                 return records
         train_loss = float(bce) / (num_rows * loss.pairs)  # waits for the device
         epoch_s = time.perf_counter() - epoch_began
-        if not math.isfinite(train_loss):
+        # The loss was taken before the last updates, which may have been the ones that broke the tables.
+        largest = max(float(table.abs().max()) for table in model.tables)
+        if not (math.isfinite(train_loss) and largest < _LARGEST_PARAMETER):
             raise TrainingError(
-                f"the training loss is {train_loss} in epoch {epoch + 1}; try a --learning-rate "
-                f"below {config.learning_rate:g}."
+                f"the training diverged in epoch {epoch + 1} (loss {train_loss:g}, largest parameter "
+                f"{largest:g}); try a --learning-rate below {config.learning_rate:g}."
             )
         record = EpochRecord(
             phase=phase,

@@ -27,9 +27,10 @@ class Validation:
         interactions: the validation pairs.
         users: (R,), int64: the users who have any.
         truth: their items; row r belongs to ``users[r]``.
-        seen: the training part's known positives: hidden from the ranking.
+        seen: the training part's known positives.
         train_items: (I,), bool: the items of the training part.
         k: the cutoff of the metrics.
+        filter_seen: whether training items are hidden from the ranking.
     """
 
     interactions: Interactions
@@ -38,15 +39,18 @@ class Validation:
     seen: KnownPositives
     train_items: torch.Tensor
     k: int
+    filter_seen: bool = True
 
     @staticmethod
-    def of(interactions: Interactions, seen: KnownPositives, k: int) -> Validation:
+    def of(
+        interactions: Interactions, seen: KnownPositives, k: int, *, filter_seen: bool = True
+    ) -> Validation:
         """Group the validation pairs by user."""
         users, row = torch.unique(interactions.user_index, return_inverse=True)
         truth = KnownPositives.from_pairs(row, interactions.item_index, len(users), seen.num_items)
         train_items = torch.zeros(seen.num_items, dtype=torch.bool, device=seen.items.device)
         train_items[seen.items.long()] = True
-        return Validation(interactions, users.long(), truth, seen, train_items, k)
+        return Validation(interactions, users.long(), truth, seen, train_items, k, filter_seen)
 
     @torch.no_grad()
     def metrics(self, model: TwoTower) -> dict[str, float]:
@@ -56,8 +60,8 @@ class Validation:
             model.infer_items(),
             k=self.k,
             item_bias=model.item_bias,
-            seen=self.seen,
-            seen_users=self.users,
+            seen=self.seen if self.filter_seen else None,
+            seen_users=self.users if self.filter_seen else None,
         )
         return ranking_metrics(topk.items, self.truth, self.train_items, self.k)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -70,6 +71,14 @@ class Interactions:
                 f"expected as many of each."
             )
 
+    @cached_property
+    def largest(self) -> tuple[int, int]:
+        """The largest user index and item index; -1 where there are no rows or one is negative."""
+        return tuple(  # type: ignore[return-value]  # there are two
+            int(index.max()) if len(index) and int(index.min()) >= 0 else -1
+            for index in (self.user_index, self.item_index)
+        )
+
     def __len__(self) -> int:
-        """N, the number of positives."""
+        """The number of positives, n."""
         return len(self.user_index)

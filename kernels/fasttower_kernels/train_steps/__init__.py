@@ -55,6 +55,7 @@ def run_steps(
         raise FastTowerError(
             f"{num_steps} steps from step {first_step} leave its epoch of {per_epoch} steps; ask for fewer."
         )
+    _check_sizes(state, interactions, known_positives)
     name, _ = choose_backend(backend, state.parameters.users.device)
     if name == "numba":
         from fasttower_kernels.train_steps import numba_cpu  # noqa: PLC0415 - numba is optional
@@ -67,3 +68,18 @@ def run_steps(
     else:
         run = reference.run_steps
     return run(state, interactions, known_positives, settings, first_step=first_step, num_steps=num_steps)
+
+
+def _check_sizes(
+    state: TrainState, interactions: Interactions, known_positives: KnownPositives | None
+) -> None:
+    """Compiled code checks no index."""
+    sizes = len(state.parameters.users), len(state.parameters.items)
+    for name, largest, size in zip(("user", "item"), interactions.largest, sizes, strict=True):
+        if not 0 <= largest < size:
+            raise FastTowerError(f"{name} indices reach {largest}; expected 0 to {size - 1}.")
+    if known_positives is not None and (known_positives.num_users, known_positives.num_items) != sizes:
+        raise FastTowerError(
+            f"known positives are of {known_positives.num_users} users and {known_positives.num_items} items; "
+            f"the tables have {sizes[0]} and {sizes[1]}."
+        )

@@ -87,9 +87,8 @@ def fit(
         observer.on_warning(warning)
     backend, why = choose_backend(config.backend, device)
     with cpu_threads(config.threads) as threads:
-        prepared = prepare(
-            config.data if data is None or isinstance(data, str | Path) else data, config, config.seed
-        )
+        source = config.data if data is None or isinstance(data, str | Path) else data
+        prepared = prepare(source, config, config.seed, observer.download_progress())
         training_data = to_training_data(prepared, device)
         config = config.resolved(len(training_data.fit))
         clock.lap("prepare")
@@ -98,6 +97,7 @@ def fit(
 
         first: tuple[TrainedModel, pl.DataFrame] | None = None
         reports = []
+        interrupted = False
         for seed in range(config.seed, config.seed + config.seeds):
             if config.seeds > 1:
                 observer.on_seed(seed)
@@ -106,15 +106,20 @@ def fit(
                 dataclasses.replace(config, seed=seed),
                 k=config.k,
                 refit=config.refit,
+                filter_seen=config.filter_seen,
                 observer=observer,
             )
             clock.lap("train")
+            interrupted = trained.interrupted
+            if interrupted and first is not None:
+                break  # a model that was not trained to its end is no sample of a seed
             recommendations = _recommend(trained.model, training_data.known_positives, prepared, config)
             clock.lap("recommend")
             reports.append(_report(recommendations, prepared, config.k))
             clock.lap("metrics")
             first = first or (trained, recommendations)
-            if trained.interrupted:
+            if interrupted or observer.should_stop():
+                interrupted = True
                 break
         popularity = _popularity(training_data.known_positives, prepared, config)
         clock.lap("metrics")
@@ -127,7 +132,7 @@ def fit(
         "popularity": popularity,
         "l2": trained.l2,
         "best_epoch": trained.best_epoch,
-        "interrupted": trained.interrupted,
+        "interrupted": interrupted,
         "test_users": prepared.test["user_index"].n_unique(),
         "test_pairs_in_fit": prepared.test_pairs_in_fit,
         "timing_s": clock.times(),
@@ -201,8 +206,9 @@ def _report(
     recommendations: pl.DataFrame, prepared: PreparedData, k: int, by: Literal["rank", "rating"] = "rank"
 ) -> dict[str, float]:
     """RePlay's metrics of the test users, in original ids."""
-    test, fit = (prepared.original_ids(frame) for frame in (prepared.test, prepared.fit))
-    return replay_metrics(recommendations, test, fit, k, by)
+    # Of fit, RePlay reads the items alone.
+    test = prepared.original_ids(prepared.test)
+    return replay_metrics(recommendations, test, prepared.items, k, by)
 
 
 class _Clock:

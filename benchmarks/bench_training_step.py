@@ -1,0 +1,72 @@
+"""The training step beside well-written torch loops; the ways, and some more, are in `training_step.py`."""
+
+import pytest
+import torch
+
+from benchmarks import training_step as ways
+from fasttower_kernels.negatives import sample_negatives
+from fasttower_kernels.philox import seed_key
+from fasttower_kernels.sampled_bce import LossSettings, reference
+from fasttower_kernels.tables import Interactions
+from fasttower_kernels.train_steps import StepSettings, TrainState, run_steps
+
+POSITIVES_A_ROUND = 16_384
+FASTTOWER = {
+    # backend, with exact exclusion and an item bias
+    "fasttower": ("numba", False),
+    "fasttower_exclusion": ("numba", True),
+    "fasttower_reference": ("torch", False),
+    "fasttower_reference_exclusion": ("torch", True),
+}
+TORCH = {"torch_eager_mulsum": ways.loss_mulsum, "torch_eager_bmm": ways.loss_bmm}
+
+
+def trained(backend, dim, batch_size, data, known):
+    """The tables after three steps."""
+    state = TrainState.start(ways.make_tables(dim, data, item_bias=known is not None))
+    settings = StepSettings(LossSettings(ways.NUM_NEGATIVES), ways.LEARNING_RATE, batch_size, seed=1)
+    run_steps(state, data.interactions, known, settings, first_step=0, num_steps=3, backend=backend)
+    return state.parameters
+
+
+@pytest.mark.parametrize(("dim", "batch_size"), ways.SHAPES)
+@pytest.mark.parametrize("way", [*FASTTOWER, *TORCH, pytest.param("torch_compile", marks=pytest.mark.slow)])
+def test_training_step(benchmark_in, way, dim, batch_size, ml_1m_shape, known):
+    data = ml_1m_shape
+    if way in FASTTOWER:
+        backend, exclusion = FASTTOWER[way]
+        left_out = known if exclusion else None
+        steps = ways.fasttower_way(backend, dim, batch_size, data, left_out)
+        if backend == "numba":
+            ours, right = (trained(name, dim, batch_size, data, left_out) for name in ("numba", "torch"))
+            for one, other in zip(ours, right, strict=True):
+                # Adam's first steps have the size of the learning rate whatever the gradient's: where that is
+                # next to zero, rounding shows at that scale.
+                torch.testing.assert_close(one, other, rtol=1e-4, atol=0.01 * ways.LEARNING_RATE)
+    else:
+        loss_of = TORCH.get(way) or torch.compile(ways.loss_mulsum, dynamic=False)
+        assert_right_loss(loss_of, dim, batch_size, data)
+        steps = ways.torch_way(loss_of, dim, batch_size, data)
+        steps(2)
+    benchmark = benchmark_in(
+        f"training step, dim {dim}, batch {batch_size}",
+        users=data.num_users,
+        items=data.num_items,
+        negatives=ways.NUM_NEGATIVES,
+        positives_a_round=POSITIVES_A_ROUND,
+    )
+    benchmark(steps, POSITIVES_A_ROUND // batch_size)
+
+
+def assert_right_loss(loss_of, dim, batch_size, data):
+    """The loop's loss is the reference's, given the reference's negatives."""
+    tables, key = ways.make_tables(dim, data), seed_key(1)
+    batch = Interactions(*(index[:batch_size] for index in vars(data.interactions).values()))
+    users = batch.user_index.long()
+    negatives = sample_negatives(users, ways.NUM_NEGATIVES, data.num_items, key=key, step=0)
+    labels = torch.zeros(batch_size, 1 + ways.NUM_NEGATIVES)
+    labels[:, 0] = 1
+    item_index = torch.cat([batch.item_index.long()[:, None], negatives], dim=1)
+    right = reference.bce_sum(tables, batch, None, LossSettings(ways.NUM_NEGATIVES), key=key, step=0)
+    mean = loss_of(tables.users, tables.items, users, item_index, labels)
+    assert float(mean) * labels.numel() == pytest.approx(float(right), rel=1e-5)
