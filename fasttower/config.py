@@ -110,10 +110,11 @@ class TrainingConfig:
         _check_types(self)
         _check(self, "seed", 0 <= self.seed < 2**63, "a whole number from 0 to 2**63 - 1")
         _check(self, "embedding_dim", 1 <= self.embedding_dim <= 512, "1 to 512")
-        _check(self, "num_negatives", self.num_negatives >= 0, "0 or more")
+        _check(self, "num_negatives", 0 <= self.num_negatives <= 100_000, "0 to 100,000")
         _check(self, "epochs", self.epochs >= 1, "1 or more")
         for name in ("batch_size", "threads"):
-            _check(self, name, getattr(self, name) is None or getattr(self, name) >= 1, "1 or more")
+            value = getattr(self, name)
+            _check(self, name, value is None or 1 <= value < 2**31, "1 to 2,147,483,647")
         l2 = self.l2
         _check(self, "l2", bool(l2) and all(0 <= value < math.inf for value in l2), "numbers, 0 or more")
         # Adam divides it by 1 - beta, which must not overflow float32.
@@ -158,7 +159,7 @@ class Config(TrainingConfig, DataConfig):
         """Check the ranges of every part."""
         TrainingConfig.__post_init__(self)
         DataConfig.__post_init__(self)
-        _check(self, "k", self.k >= 1, "1 or more")
+        _check(self, "k", 1 <= self.k <= 10_000, "1 to 10,000")
         _check(
             self, "seeds", 1 <= self.seeds <= 2**63 - self.seed, "1 or more, and the last seed below 2**63"
         )

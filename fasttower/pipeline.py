@@ -15,6 +15,7 @@ from fasttower.config import Config
 from fasttower.data.catalog import Progress
 from fasttower.data.preparation import PreparedData, prepare
 from fasttower.device import choose_device, cpu_threads
+from fasttower.errors import FastTowerError
 from fasttower.evaluation.popularity import most_popular
 from fasttower.evaluation.replay_report import replay_metrics
 from fasttower.model import TwoTower
@@ -75,6 +76,8 @@ def fit(
         TrainingError: the loss is not finite.
     """
     config = config or Config()
+    if not isinstance(config, Config):
+        raise FastTowerError(f"config is a {type(config).__name__}; expected a fasttower.Config.")
     observer = observer or FitObserver()
     if isinstance(data, str | Path):
         config = dataclasses.replace(config, data=str(data))
@@ -187,7 +190,7 @@ def _recommend(
     topk = top_k(
         model.infer_users(),
         model.infer_items(),
-        k=config.k,
+        k=min(config.k, known.num_items),
         item_bias=model.item_bias,
         seen=known if config.filter_seen else None,
         seen_users=users if config.filter_seen else None,
@@ -197,7 +200,7 @@ def _recommend(
 
 def _popularity(known: KnownPositives, prepared: PreparedData, config: Config) -> dict[str, float]:
     users = torch.tensor(prepared.test["user_index"].unique().sort().to_numpy(), device=known.items.device)
-    topk = most_popular(known, users, k=config.k, filter_seen=config.filter_seen)
+    topk = most_popular(known, users, k=min(config.k, known.num_items), filter_seen=config.filter_seen)
     frame = recommendation_frame(users, topk, prepared.users, prepared.items)
     return _report(frame, prepared, config.k, by="rating")
 

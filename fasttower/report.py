@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from types import TracebackType
 
@@ -15,6 +17,16 @@ from fasttower.data.preparation import PreparedData
 from fasttower.pipeline import FitObserver
 from fasttower.run import Run
 from fasttower.training.trainer import EpochRecord
+
+
+class _Console(Console):
+    """A console whose reader may go away: the run goes on unseen, and is written."""
+
+    def on_broken_pipe(self) -> None:
+        """Send what is still to be shown nowhere."""
+        self.quiet = True
+        stream = sys.stderr if self.stderr else sys.stdout
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class DownloadBar:
@@ -58,7 +70,7 @@ class ConsoleObserver(FitObserver):
     """
 
     def __init__(self, *, quiet: bool = False, to_stderr: bool = False) -> None:
-        self._console = Console(quiet=quiet, stderr=to_stderr, highlight=False)
+        self._console = _Console(quiet=quiet, stderr=to_stderr, highlight=False, emoji=False)
         self._warnings = Console(stderr=True, highlight=False)
         self._progress = Progress(
             TextColumn("{task.description}"),

@@ -59,7 +59,7 @@ def run(arguments: Sequence[str]) -> int:
     from fasttower.run import reserved  # noqa: PLC0415
 
     config = Config(**{field.name: getattr(flags, field.name) for field in dataclasses.fields(Config)})
-    name = re.sub(r"[^\w.-]+", "_", Path(config.data).stem)
+    name = re.sub(r"[^\w.-]+", "_", Path(config.data).resolve().stem)[:100]
     run_dir = flags.run_dir or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     observer = ConsoleObserver(quiet=flags.quiet, to_stderr=flags.json)
     # A place where nothing can be written is found out before the training, not after it.

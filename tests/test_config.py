@@ -29,6 +29,7 @@ from fasttower.errors import FastTowerError
         ("min_rating", float("nan")),
         ("min_user_interactions", -1),
         ("k", 0),
+        ("k", 10_001),
         ("seeds", 0),
         ("split", "by-hand"),
         ("device", "tpu"),

@@ -317,3 +317,24 @@ class TestNotWhatTheNameSays:
 def test_the_look_at_the_bytes_takes_ratings_and_times_for_what_they_are():
     block = np.frombuffer(b"\n\n1,20,0.5,978300760\n10,3,0,105\n-5,0,0.5,0\r\n,,\r\n", np.uint8)
     assert not readers._odd_spelling(block, ord(","))
+
+
+def test_a_quoted_empty_id_is_a_missing_one(tmp_path):
+    path = tmp_path / "r.csv"
+    path.write_text('user,item,timestamp\n"a","x",1\n"","y",2\n')
+    with pytest.raises(FastTowerError, match="line 3: user_id is missing"):
+        read_interactions(path)
+
+
+def test_two_columns_of_one_name(tmp_path):
+    path = tmp_path / "r.csv"
+    path.write_text("user,user,item,timestamp\n1,2,3,4\n")
+    with pytest.raises(FastTowerError, match="two columns are named 'user'"):
+        read_interactions(path)
+
+
+def test_an_infinite_timestamp_is_named(tmp_path):
+    path = tmp_path / "r.csv"
+    path.write_text("user,item,timestamp\n1,2,3.5\n1,3,inf\n")
+    with pytest.raises(FastTowerError, match="line 3: timestamp is infinite"):
+        read_interactions(path)

@@ -112,6 +112,33 @@ def test_a_place_where_nothing_can_be_written_is_found_before_the_training(csv, 
     assert "choose" not in printed.out
 
 
+def test_a_reader_that_goes_away_costs_nothing(csv, tmp_path):
+    arguments = " ".join([sys.executable, "-m", "fasttower.train", "--data", str(csv), *QUICK])
+    done = subprocess.run(
+        f"{arguments} --run-dir {tmp_path / 'run'} | head -1",
+        shell=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stderr == ""
+    assert fasttower.load_run(tmp_path / "run").history
+
+
+def test_paths_may_hold_brackets(csv, tmp_path):
+    path = tmp_path / "a[" / "b].csv"
+    path.parent.mkdir()
+    path.write_bytes(csv.read_bytes())
+    assert command("--data", path, "--run-dir", tmp_path / "r[" / "b]", *QUICK) == 0
+
+
+def test_k_beyond_the_catalogue_is_the_catalogue(csv, tmp_path):
+    assert command("--data", csv, "--run-dir", tmp_path / "run", "--k", "1000", *QUICK) == 0
+    run = fasttower.load_run(tmp_path / "run")
+    assert run.recommendations["rank"].max() <= run.items.height
+
+
 def test_a_diverged_training_is_exit_code_3(csv, tmp_path, capsys):
     assert command("--data", csv, "--run-dir", tmp_path / "run", *QUICK, "--learning-rate", "1e30") == 3
     assert "--learning-rate" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any, Protocol
@@ -57,12 +58,21 @@ def find_or_download(name: str, data_root: Path | None = None, on_download: Prog
         raise FastTowerError(f"no data set is named {name!r}; expected one of {known}")
     import pooch  # noqa: PLC0415 - only for the named sets
 
-    cache = Path(pooch.os_cache("fasttower"))
+    try:
+        cache = Path(pooch.os_cache("fasttower"))
+    except RuntimeError:  # there is no home directory
+        cache = Path(tempfile.gettempdir()) / "fasttower"
     folders = [folder for folder in (data_root, os.environ.get("FASTTOWER_DATA"), cache) if folder]
     for folder in map(Path, folders):
         for candidate in (f"{name}.zip", name, _FOLDERS.get(name, name)):
-            if (folder / candidate).exists():
-                return folder / candidate
+            try:
+                if (folder / candidate).exists():
+                    return folder / candidate
+            except OSError as error:
+                raise FastTowerError(
+                    f"the data folder {folder} cannot be looked into ({error.strerror});"
+                    " name another with --data-root"
+                ) from error
     return _download(name, cache, on_download)
 
 

@@ -88,7 +88,11 @@ def _ratings_file(source: str) -> Iterator[tuple[list[Path], str]]:
         raise FastTowerError(
             "the path of the data is empty; expected a file, a folder, or the name of a data set"
         )
-    path = Path(source).expanduser()
+    try:
+        path = Path(source).expanduser()
+        source.encode()
+    except (RuntimeError, UnicodeEncodeError) as error:
+        raise FastTowerError(f"{source!r} is no path that can be read: {error}; give another") from error
     if path.is_dir():
         files = _find_in_folder(path)
         yield files, str(files[0]) if len(files) == 1 else source
@@ -169,6 +173,11 @@ def _open_text(files: tuple[Path, ...], suffix: str, name: str) -> Table:
             f"{name}: found no {separator!r} in its first line, {fields[0][:60]!r};"
             f" expected the columns of a {suffix} file to be separated by it"
         )
+
+    names = [field.strip().strip('"') for field in fields]
+    if header and len(set(names)) < len(names):
+        twice = next(field for field in names if names.count(field) > 1)
+        raise FastTowerError(f"{name}: two columns are named {twice!r}; rename one of them")
 
     def scan(types: Types) -> pl.LazyFrame:
         # Polars separates by one byte: between two colons is an empty column, to be stepped over.

@@ -58,7 +58,7 @@ class Validation:
         topk = top_k(
             model.infer_users(self.users),
             model.infer_items(),
-            k=self.k,
+            k=min(self.k, self.seen.num_items),
             item_bias=model.item_bias,
             seen=self.seen if self.filter_seen else None,
             seen_users=self.users if self.filter_seen else None,

@@ -80,6 +80,6 @@ def _check_sizes(
             raise FastTowerError(f"{name} indices reach {largest}; expected 0 to {size - 1}.")
     if known_positives is not None and (known_positives.num_users, known_positives.num_items) != sizes:
         raise FastTowerError(
-            f"known positives are of {known_positives.num_users} users and {known_positives.num_items} items; "
+            f"known positives are of {known_positives.num_users} users, {known_positives.num_items} items; "
             f"the tables have {sizes[0]} and {sizes[1]}."
         )
