@@ -20,6 +20,7 @@ Device = Literal["auto", "cpu", "cuda", "mps"]
 Backend = Literal["auto", "triton", "numba", "torch"]
 Preset = Literal["default", "notebook"]
 LossScale = Literal["positives", "pairs"]
+Optimiser = Literal["auto", "adam", "lazy_adam"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +94,9 @@ class TrainingConfig:
     """The batch's loss is divided by its positives, or by its positive and negative pairs."""
     learning_rate: float = 0.01
     """Adam's step size."""
+    optimiser: Optimiser = "auto"
+    """adam passes over whole tables in each step; lazy_adam, equal to it but for rounding, over the rows in
+    use (not with backend triton); auto takes the faster one by the sizes of the tables and of a batch."""
     batch_size: int | None = None
     """Positives in a batch; if not given, the power of two nearest to a hundredth of the interactions before
     the test cut, from 256 to 65,536."""

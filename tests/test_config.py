@@ -14,6 +14,7 @@ from fasttower.errors import FastTowerError
         ("embedding_dim", 513),
         ("num_negatives", -1),
         ("batch_size", 0),
+        ("optimiser", "sgd"),
         ("epochs", 0),
         ("threads", 0),
         ("l2", (0.1, -0.1)),

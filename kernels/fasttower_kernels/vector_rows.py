@@ -123,6 +123,51 @@ def add_scaled(typingctx: Any, row: Any, scale: Any, other: Any) -> Any:
     return row(row, types.float32, other), codegen
 
 
+@intrinsic(prefer_literal=True)
+def filled(typingctx: Any, value: Any, width: Any) -> Any:
+    """A row of ``width`` (a literal) values, all the same."""
+    result = Row(width.literal_value)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return _splat(builder, args[0], result.width)
+
+    return result(types.float32, width), codegen
+
+
+@intrinsic
+def product(typingctx: Any, left: Any, right: Any) -> Any:
+    """``left * right``, value by value."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.fmul(*args, flags=_FAST)
+
+    return left(left, right), codegen
+
+
+@intrinsic
+def quotient(typingctx: Any, left: Any, right: Any) -> Any:
+    """``left / right``, value by value."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.fdiv(*args)
+
+    return left(left, right), codegen
+
+
+@intrinsic
+def square_root(typingctx: Any, row: Any) -> Any:
+    """The square root of each value."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        vector = args[0].type
+        function = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(vector, [vector]), f"llvm.sqrt.v{row.width}f32"
+        )
+        return builder.call(function, args)
+
+    return row(row), codegen
+
+
 @intrinsic
 def dot(typingctx: Any, left: Any, right: Any) -> Any:
     """The sum of the products of two rows, in any order."""

@@ -9,9 +9,9 @@ from fasttower_kernels.errors import FastTowerError
 from fasttower_kernels.known_positives import KnownPositives
 from fasttower_kernels.tables import Interactions
 from fasttower_kernels.train_steps import reference
-from fasttower_kernels.train_steps.state import StepSettings, TrainState, steps_per_epoch
+from fasttower_kernels.train_steps.state import Optimiser, StepSettings, TrainState, steps_per_epoch
 
-__all__ = ["StepSettings", "TrainState", "run_steps", "steps_per_epoch"]
+__all__ = ["Optimiser", "StepSettings", "TrainState", "run_steps", "steps_per_epoch"]
 
 
 def run_steps(
@@ -33,7 +33,10 @@ def run_steps(
         train_step(parameters, gradients, interactions[rows], ..., key=seed_key(seed), step=t)
         adam_step(parameters, gradients, moments_1, moments_2, count=t + 1, learning_rate=...)
 
-    Nothing but the state is carried from a step to the next, so a run may stop and go on at any step.
+    Nothing but the state is carried from a step to the next, so a run may stop and go on at any step. With
+    the lazy optimiser, rows that a step does not read are updated when one reads them again, at the latest
+    when the call ends: whoever reads the tables sees what dense Adam would leave, to rounding. So where the
+    calls of a run begin and end shows in the last bits, and long calls are faster than short ones.
 
     Args:
         state: updated in place.
@@ -48,7 +51,7 @@ def run_steps(
         float64 scalar on the CPU or the state's device: the BCE summed over the steps' pairs.
 
     Raises:
-        FastTowerError: the steps cross an epoch's end, or the backend cannot run here.
+        FastTowerError: the steps cross an epoch's end, or the backend cannot run here, or not this optimiser.
     """
     per_epoch = steps_per_epoch(len(interactions), settings.batch_size)
     if not 0 < num_steps <= per_epoch - first_step % per_epoch:
@@ -62,6 +65,10 @@ def run_steps(
 
         run = numba_cpu.run_steps
     elif name == "triton":
+        if settings.optimiser == "lazy_adam":
+            raise FastTowerError(
+                "optimiser is lazy_adam, which runs on backends torch and numba; choose adam for triton."
+            )
         from fasttower_kernels.train_steps import triton_gpu  # noqa: PLC0415 - Triton is optional
 
         run = triton_gpu.run_steps

@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor
 
+from fasttower_kernels.adam.lazy_reference import catch_up, lazy_adam_step
 from fasttower_kernels.adam.reference import adam_step
 from fasttower_kernels.known_positives import KnownPositives
 from fasttower_kernels.philox import seed_key
-from fasttower_kernels.sampled_bce.reference import train_step
+from fasttower_kernels.sampled_bce.reference import draw_items, train_step
 from fasttower_kernels.shuffle import epoch_key, shuffled_rows
 from fasttower_kernels.tables import Interactions
 from fasttower_kernels.train_steps.state import StepSettings, TrainState, steps_per_epoch
@@ -24,7 +25,11 @@ def run_steps(
     first_step: int,
     num_steps: int,
 ) -> Tensor:
-    """See the operator's `run_steps`."""
+    """See the operator's `run_steps`. Here `auto` is dense: the lazy one takes many small operations."""
+    lazy = settings.optimiser == "lazy_adam"
+    whole = (state.parameters, state.moments_1, state.moments_2)
+    tables = (state.parameters, state.gradients, state.moments_1, state.moments_2)
+    last = [torch.full((len(array),), first_step, device=array.device) for array in state.parameters]
     num_rows, batch_size = len(interactions), settings.batch_size
     epoch, first_batch = divmod(first_step, steps_per_epoch(num_rows, batch_size))
     order = epoch_key(settings.seed, epoch)
@@ -38,23 +43,29 @@ def run_steps(
         rows = shuffled_rows(positions, num_rows, order)
         for i, batch_rows in enumerate(rows.split(batch_size)):
             step = first_step + batch - first_batch + i
+            taken = Interactions(interactions.user_index[batch_rows], interactions.item_index[batch_rows])
+            if lazy:
+                num_items = len(state.parameters.items)
+                items = draw_items(taken, num_items, known_positives, settings.loss, key=key, step=step)[0]
+                used = [taken.user_index.long().unique(), items.unique(), items.unique()][: len(last)]
+                catch_up(*whole, last, used, count=step, learning_rate=settings.learning_rate)
             losses.append(
                 train_step(
                     state.parameters,
                     state.gradients,
-                    Interactions(interactions.user_index[batch_rows], interactions.item_index[batch_rows]),
+                    taken,
                     known_positives,
                     settings.loss,
                     key=key,
                     step=step,
                 )
             )
-            adam_step(
-                state.parameters,
-                state.gradients,
-                state.moments_1,
-                state.moments_2,
-                count=step + 1,
-                learning_rate=settings.learning_rate,
-            )
+            if lazy:
+                lazy_adam_step(*tables, last, used, count=step + 1, learning_rate=settings.learning_rate)
+            else:
+                adam_step(*tables, count=step + 1, learning_rate=settings.learning_rate)
+    if lazy:
+        everything = [torch.arange(len(seen), device=seen.device) for seen in last]
+        count = first_step + num_steps
+        catch_up(*whole, last, everything, count=count, learning_rate=settings.learning_rate)
     return torch.stack(losses).cpu().double().sum()

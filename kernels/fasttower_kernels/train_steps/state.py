@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from fasttower_kernels.errors import FastTowerError
 from fasttower_kernels.philox import seed_key
 from fasttower_kernels.sampled_bce.settings import LossSettings
 from fasttower_kernels.tables import Tables
+
+Optimiser = Literal["auto", "adam", "lazy_adam"]
+
+LAZY_PAYS_FROM = 3
+"""Rows of the tables for each row that a batch touches, from which `auto` is lazy."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +45,15 @@ class StepSettings:
         learning_rate: Adam's step size.
         batch_size: B, positives in a batch; the last one of an epoch may be shorter.
         seed: of the negatives and the order.
+        optimiser: adam updates every row in each step; lazy_adam, in the same way to rounding, the rows in
+            use, and the others at the end of a call; auto takes what `is_lazy` says.
     """
 
     loss: LossSettings
     learning_rate: float
     batch_size: int
     seed: int
+    optimiser: Optimiser = "auto"
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -52,7 +61,23 @@ class StepSettings:
             raise FastTowerError(f"batch_size is {self.batch_size}; expected 1 or more.")
         if not 0 < self.learning_rate < float("inf"):
             raise FastTowerError(f"learning_rate is {self.learning_rate}; expected a finite number above 0.")
+        if self.optimiser not in get_args(Optimiser):
+            raise FastTowerError(
+                f"optimiser is {self.optimiser!r}; expected one of {', '.join(get_args(Optimiser))}."
+            )
         seed_key(self.seed)
+
+    def is_lazy(self, tables: Tables) -> bool:
+        """Whether the optimiser of the compiled CPU backend is lazy.
+
+        `auto` is where the tables have at least `LAZY_PAYS_FROM` times the rows that a batch can touch:
+        min(U, B) users and min(I, B * (1 + N)) items.
+        """
+        if self.optimiser != "auto":
+            return self.optimiser == "lazy_adam"
+        users, items = len(tables.users), len(tables.items)
+        touched = min(users, self.batch_size) + min(items, self.batch_size * (1 + self.loss.num_negatives))
+        return users + items >= LAZY_PAYS_FROM * touched
 
 
 def steps_per_epoch(num_rows: int, batch_size: int) -> int:

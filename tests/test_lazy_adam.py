@@ -1,0 +1,233 @@
+"""Lazy Adam against dense Adam in float64: rows used rarely, never, or after long gaps."""
+
+import dataclasses
+import importlib.util
+
+import pytest
+import torch
+
+from fasttower.config import TrainingConfig
+from fasttower.model import TwoTower
+from fasttower.training.trainer import train
+from fasttower_kernels.adam import adam_step, catch_up, lazy_adam_step
+from fasttower_kernels.errors import FastTowerError
+from fasttower_kernels.known_positives import KnownPositives
+from fasttower_kernels.sampled_bce import LossSettings
+from fasttower_kernels.tables import Interactions, Tables
+from fasttower_kernels.train_steps import StepSettings, TrainState, run_steps
+
+NUM_USERS, NUM_ITEMS, WIDTH = 203, 301, 8
+NUM_ROWS, BATCH = 3997, 4  # 1,000 steps an epoch, the last one short
+SETTINGS = StepSettings(LossSettings(2, l2=0.01), 0.01, BATCH, seed=9, optimiser="lazy_adam")
+
+needs_numba = pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="numba is not installed")
+BACKENDS = ["torch", pytest.param("numba", marks=needs_numba)]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def make_tables(*, bias=True):
+    generator = torch.Generator().manual_seed(0)
+    users, items = (torch.randn(n, WIDTH, generator=generator) * 0.1 for n in (NUM_USERS, NUM_ITEMS))
+    return Tables(users, items, torch.randn(NUM_ITEMS, generator=generator) * 0.1 if bias else None)
+
+
+def make_interactions(num_rows=NUM_ROWS):
+    """Few users have most of the rows; the others wait for hundreds of steps."""
+    generator = torch.Generator().manual_seed(1)
+    users = (torch.rand(num_rows, generator=generator) ** 4 * 200).int()
+    return Interactions(users, torch.randint(299, (num_rows,), generator=generator, dtype=torch.int32))
+
+
+def make_known(num_users=NUM_USERS):
+    """Nobody draws the unused items, and user 199 has touched everything."""
+    rows = [(u, i) for u in range(num_users) for i in (range(NUM_ITEMS) if u == 199 else (299, 300))]
+    index = torch.tensor(rows, dtype=torch.int32)
+    return KnownPositives.from_pairs(index[:, 0], index[:, 1], num_users, NUM_ITEMS)
+
+
+def doubled(tables):
+    return Tables(*(table.double() for table in tables))
+
+
+def copied(tables):
+    return Tables(*(table.clone() for table in tables))
+
+
+def run(backend, settings=SETTINGS, *, calls=(1000,), tables=None, state=None, first_step=0):
+    state = state or TrainState.start(copied(tables or make_tables()))
+    interactions, known, bce = make_interactions(), make_known(), 0.0
+    for count in calls:
+        arguments = {"first_step": first_step, "num_steps": count, "backend": backend}
+        bce += float(run_steps(state, interactions, known, settings, **arguments))
+        first_step += count
+    assert all(not gradient.any() for gradient in state.gradients)
+    return bce, state
+
+
+def displacement_error(ours, right, start):
+    moved = [(r - s.double()).flatten() for r, s in zip(right, start, strict=True)]
+    off = [(o.double() - r).flatten() for o, r in zip(ours, right, strict=True)]
+    return float(torch.cat(off).norm() / torch.cat(moved).norm())
+
+
+@pytest.fixture(scope="module")
+def oracle():
+    torch.set_num_threads(1)
+    return run("torch", dataclasses.replace(SETTINGS, optimiser="adam"), tables=doubled(make_tables()))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_equals_dense_adam_in_float64(backend, oracle):
+    expected, right = oracle
+    bce, state = run(backend)
+    error = displacement_error(state.parameters, right.parameters, make_tables())
+    assert error < 1e-5
+    assert bce == pytest.approx(expected, rel=1e-6)
+    for ours, theirs in ((state.moments_1, right.moments_1), (state.moments_2, right.moments_2)):
+        for one, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(one.double(), other, rtol=1e-3, atol=float(other.abs().max()) * 1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_that_are_never_used_stay_as_they_are(backend):
+    _, state = run(backend, calls=(300,))
+    unused = (slice(200, 203), slice(299, 301), slice(299, 301))
+    tables = (make_tables(), state.parameters, state.moments_1, state.moments_2)
+    for before, after, first, second, rows in zip(*tables, unused, strict=True):
+        assert after[rows].equal(before[rows])
+        assert not first[rows].any()
+        assert not second[rows].any()
+        assert not after[0].equal(before[0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_calls_may_end_anywhere(backend, oracle):
+    """The tables are up to date after each call, so a run goes on from tables, moments and a step number."""
+    _, state = run(backend, calls=(1, 2, 397))
+    dense = dataclasses.replace(SETTINGS, optimiser="adam")
+    _, right = run("torch", dense, calls=(400,), tables=doubled(make_tables()))
+    assert displacement_error(state.parameters, right.parameters, make_tables()) < 1e-5
+    kept = (state.parameters, state.gradients, state.moments_1, state.moments_2)
+    restarted = TrainState(*(copied(tables) for tables in kept))
+    _, state = run(backend, state=restarted, first_step=400, calls=(600,))
+    assert displacement_error(state.parameters, oracle[1].parameters, make_tables()) < 1e-5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_optimisers_may_alternate(backend, oracle):
+    _, state = run(backend, calls=(150, 50))
+    dense = dataclasses.replace(SETTINGS, optimiser="adam")
+    _, state = run(backend, dense, state=state, first_step=200, calls=(100,))
+    _, state = run(backend, state=state, first_step=300, calls=(700,))
+    assert displacement_error(state.parameters, oracle[1].parameters, make_tables()) < 1e-5
+
+
+@needs_numba
+@pytest.mark.parametrize("threads", [1, 2])
+def test_repeats_bit_for_bit(threads):
+    torch.set_num_threads(threads)
+    # With more positives than a tile, both threads have some; more negatives than a chunk.
+    settings = dataclasses.replace(SETTINGS, batch_size=150, loss=LossSettings(40, l2=0.01))
+    bce, state = run("numba", settings, calls=(20, 7))
+    for _ in range(2):
+        again, other = run("numba", settings, calls=(20, 7))
+        assert again == bce
+        for mine, same in ((state.parameters, other.parameters), (state.moments_2, other.moments_2)):
+            assert all(one.equal(another) for one, another in zip(mine, same, strict=True))
+    dense = dataclasses.replace(settings, optimiser="adam")
+    expected, right = run("torch", dense, calls=(27,), tables=doubled(make_tables()))
+    assert bce == pytest.approx(expected, rel=1e-5)
+    assert displacement_error(state.parameters, right.parameters, make_tables()) < 1e-5
+
+
+@needs_numba
+@pytest.mark.parametrize("exclude", [True, False])
+def test_other_variants(exclude):
+    settings = dataclasses.replace(SETTINGS, loss=LossSettings(0 if exclude else 5))
+    tables = make_tables(bias=False)
+    known = make_known() if exclude else None
+    states = []
+    for backend, optimiser, start in (("numba", "lazy_adam", tables), ("torch", "adam", doubled(tables))):
+        state = TrainState.start(copied(start))
+        chosen = dataclasses.replace(settings, optimiser=optimiser)
+        run_steps(state, make_interactions(), known, chosen, first_step=0, num_steps=300, backend=backend)
+        states.append(state.parameters)
+    assert displacement_error(*states, tables) < 1e-5
+
+
+def test_a_row_that_waits_for_long():
+    """Far more than the updates that are replayed; the moments decay in closed form."""
+    start = Tables(torch.full((2, 4), 0.5), torch.full((2, 4), -0.5))
+    lazy = [copied(start), *(start.zeros_like() for _ in range(3))]
+    dense = [doubled(tables) for tables in lazy]
+    last = [torch.zeros(2, dtype=torch.int64) for _ in range(2)]
+    rows = [torch.tensor([1]), torch.tensor([0, 1])]
+    for count in range(1, 1002):
+        if count in (1, 1001):
+            for tables in (lazy, dense):
+                tables[1].users[1] += 1e-3 * count
+                tables[1].items[:] -= 2e-7
+            catch_up(lazy[0], lazy[2], lazy[3], last, rows, count=count - 1, learning_rate=0.1)
+            lazy_adam_step(*lazy, last, rows, count=count, learning_rate=0.1)
+        adam_step(*dense, count=count, learning_rate=0.1)
+    assert [seen.tolist() for seen in last] == [[0, 1001], [1001, 1001]]
+    assert lazy[0].users[0].equal(start.users[0])
+    for ours, right in zip((lazy[0], *lazy[2:]), (dense[0], *dense[2:]), strict=True):
+        for one, other in zip(ours, right, strict=True):
+            torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=0)
+
+
+def test_auto_goes_by_the_sizes():
+    def is_lazy(users, items, batch_size, optimiser="auto"):
+        settings = StepSettings(LossSettings(10), 0.01, batch_size, 0, optimiser)
+        return settings.is_lazy(Tables(torch.empty(users, 0), torch.empty(items, 0)))
+
+    assert is_lazy(138_493, 26_744, 1024)
+    assert not is_lazy(138_493, 26_744, 65_536)
+    assert not is_lazy(6040, 3706, 1024)
+    assert is_lazy(6040, 3706, 1024, "lazy_adam")
+    assert not is_lazy(138_493, 26_744, 1024, "adam")
+
+
+@needs_numba
+def test_auto_takes_the_choice(monkeypatch):
+    wanted = run("numba", calls=(30,))[1].parameters
+    auto = dataclasses.replace(SETTINGS, optimiser="auto")
+    monkeypatch.setattr("fasttower_kernels.train_steps.state.LAZY_PAYS_FROM", 1)
+    assert all(
+        one.equal(other)
+        for one, other in zip(run("numba", auto, calls=(30,))[1].parameters, wanted, strict=True)
+    )
+    monkeypatch.setattr("fasttower_kernels.train_steps.state.LAZY_PAYS_FROM", 10**6)
+    dense = run("numba", auto, calls=(30,))[1].parameters
+    assert not all(one.equal(other) for one, other in zip(dense, wanted, strict=True))
+
+
+def test_bad_optimisers_are_one_line(monkeypatch):
+    with pytest.raises(FastTowerError, match="sgd"):
+        dataclasses.replace(SETTINGS, optimiser="sgd")
+    monkeypatch.setattr("fasttower_kernels.train_steps.choose_backend", lambda *_: ("triton", "asked for"))
+    with pytest.raises(FastTowerError, match="lazy_adam"):
+        run("triton", calls=(1,))
+
+
+def test_the_trainer_passes_it_on():
+    models = []
+    for optimiser in ("adam", "lazy_adam"):
+        config = TrainingConfig(
+            embedding_dim=8, batch_size=100, epochs=2, optimiser=optimiser, backend="torch"
+        )
+        model = TwoTower(NUM_USERS, NUM_ITEMS, 8).initialise(0, 0.1)
+        train(model, make_interactions(), make_known(), config, l2=0.01, epochs=2)
+        models.append(model.tables)
+    equal = [one.equal(other) for one, other in zip(*models, strict=True)]
+    assert not all(equal)  # the last bits tell that the other optimiser ran
+    for one, other in zip(*models, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
