@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -29,13 +28,11 @@ USERS, ITEMS = 138_493, 26_744
 
 
 def fasttower_way(csv: str) -> dict[str, int]:
-    import warnings
-
     import torch
 
     from fasttower.config import DataConfig
     from fasttower.data.preparation import prepare
-    from fasttower_kernels.known_positives import KnownPositives
+    from fasttower.pipeline import to_training_data
 
     def work():
         config = DataConfig(
@@ -46,15 +43,13 @@ def fasttower_way(csv: str) -> dict[str, int]:
             valid_fraction=VALID_FRACTION,
         )
         data = prepare(csv, config)
-        with warnings.catch_warnings():
-            # Polars' memory is read-only, and nobody writes to these tensors.
-            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-            tensors = {
-                name: [torch.from_numpy(column.to_numpy()) for column in getattr(data, name)]
-                for name in ("fit", "train", "valid", "test")
-            }
-        known = KnownPositives.from_pairs(*tensors["fit"], len(data.users), len(data.items))
-        return tensors, known
+        parts = to_training_data(data, torch.device("cpu"))
+        tensors = {
+            name: (part.user_index, part.item_index)
+            for name, part in (("fit", parts.fit), ("train", parts.train), ("valid", parts.valid))
+        }
+        tensors["test"] = tuple(torch.tensor(column.to_numpy()) for column in data.test)
+        return tensors, parts.known_positives
 
     return timed(work)
 
@@ -98,6 +93,12 @@ def pandas_way(csv: str) -> dict[str, int]:
     return timed(work)
 
 
+def peak_rss_gib() -> float:
+    """The peak of this process; getrusage's would be its parent's where that was larger when it forked."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 2**20
+
+
 def timed(work):
     start, start_cpu = time.perf_counter(), time.process_time()
     tensors, known = work()
@@ -105,7 +106,7 @@ def timed(work):
     return {
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,
-        "peak_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "peak_rss_gib": peak_rss_gib(),
         **{name: len(part[0]) for name, part in tensors.items()},
         "known_pairs": len(known.items),
     }

@@ -222,7 +222,7 @@ def _problem(values: pl.Series) -> str | None:
     """What is wrong with a column, in words, or None."""
     if values.null_count():
         return "missing or unreadable"
-    if values.dtype == pl.Categorical and (values.unique().cast(pl.String) == "").any():
+    if values.dtype == pl.Categorical and (values == "").any():
         return "missing or unreadable"
     if values.dtype.is_float() and values.is_nan().any():
         return "not a number"

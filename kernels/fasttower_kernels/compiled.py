@@ -43,7 +43,7 @@ _ONLY_PRANGE = dict.fromkeys(
 def _fingerprint() -> int:
     folder = Path(__file__).parent
     digest = hashlib.blake2b(digest_size=7)
-    for name in ("compiled.py", "membership.py", "vector_rows.py", "*/numba_cpu.py", "*/*reference.py"):
+    for name in ("compiled.py", "membership.py", "vector_rows.py", "*/*numba_cpu.py", "*/*reference.py"):
         for path in sorted(folder.glob(name)):
             digest.update(path.read_bytes())
     return int.from_bytes(digest.digest(), "little")
