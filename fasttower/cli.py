@@ -86,14 +86,19 @@ def parse(
 
 
 def _first_paragraph(box: str) -> str:
-    """The message of tyro's boxed error: the lines between its top and its first rule."""
-    lines = []
+    """The message of tyro's error: what stands behind its title, up to the next rule.
+
+    tyro draws a box around it where the terminal has the characters, and rules of dashes where it has not.
+    """
+    lines: list[str] = []
     for line in box.splitlines()[1:]:
         text = line.strip("│╭╮╰╯ ")
-        if text and set(text) <= {"─"}:
+        is_rule = bool(text) and set(text) <= {"─", "-"}
+        if is_rule and lines:
             break
-        lines.append(text)
-    return " ".join(lines).strip() or box.strip() or "the flags could not be read; see --help."
+        if text and not is_rule:
+            lines.append(text)
+    return " ".join(lines) or box.strip() or "the flags could not be read; see --help."
 
 
 def _say(text: str) -> None:

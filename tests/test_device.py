@@ -32,9 +32,13 @@ def test_strict_cuda_is_an_error(no_cuda):
 
 def test_threads_are_set_inside_and_given_back():
     before = torch.get_num_threads()
-    with cpu_threads(1) as threads:
-        assert threads == torch.get_num_threads() == 1
-    assert torch.get_num_threads() == before
+    torch.set_num_threads(3)
+    try:
+        with cpu_threads(1) as threads:
+            assert threads == torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_more_threads_than_cores():

@@ -214,3 +214,28 @@ def test_a_validation_file_of_another_type(ratings, tmp_path):
 
 def test_a_model_of_what_can_be_learned_beats_popularity(run):
     assert run.metrics["test"]["NDCG@5"] > run.metrics["popularity"]["NDCG@5"]
+
+
+def test_a_download_reports_to_the_observer(ratings, monkeypatch):
+    progress = object()
+
+    class Watcher(fasttower.FitObserver):
+        def download_progress(self):
+            return progress
+
+    def prepare_is_told(source, config, seed, on_download):
+        assert on_download is progress
+        raise FastTowerError("told")
+
+    monkeypatch.setattr("fasttower.pipeline.prepare", prepare_is_told)
+    with pytest.raises(FastTowerError, match="told"):
+        fasttower.fit(ratings, CONFIG, observer=Watcher())
+
+
+def test_popularity_on_movielens_is_the_published_row(ml_100k):
+    preset = fasttower.PRESETS["notebook"]
+    popularity = fasttower.fit(ml_100k, Config(**{**vars(preset), "epochs": 1, "backend": "torch"})).metrics[
+        "popularity"
+    ]
+    row = [f"{popularity[f'{name}@10']:.4f}" for name in ("NDCG", "HitRate", "Coverage")]
+    assert row == ["0.1390", "0.4737", "0.0470"]

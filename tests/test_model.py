@@ -33,7 +33,9 @@ def test_start_is_normal_and_keyed_by_the_seed():
     vectors = model.infer_users().detach()
     assert abs(float(vectors.mean())) < 0.03
     assert float(vectors.std()) == pytest.approx(0.5, rel=0.05)
-    assert not vectors[:300].equal(model.infer_items())
+    items = model.infer_items().detach()
+    assert float(items.std()) == pytest.approx(0.5, rel=0.05)
+    assert not vectors[:300].equal(items)
     assert vectors.equal(TwoTower(400, 300, 10).initialise(seed=1, scale=0.5).infer_users())
     assert not vectors.equal(TwoTower(400, 300, 10).initialise(seed=2, scale=0.5).infer_users())
     assert not model.item_bias.any()

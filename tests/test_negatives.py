@@ -54,6 +54,18 @@ def test_never_a_known_positive_and_uniform_over_the_rest(known):
     assert chi_square < 50 + 5 * 100**0.5
 
 
+def test_known_answers_through_the_gap_search():
+    # By the same separate implementation: which of two untouched items is for the word of attempt 16 to say.
+    rows = torch.tensor([(0, i) for i in range(1000) if i not in (17, 803)], dtype=torch.int32)
+    known = KnownPositives.from_pairs(rows[:, 0], rows[:, 1], 1, 1000)
+    users = torch.zeros(3, dtype=torch.int64)
+    assert sample_negatives(users, 5, 1000, key=KEY, step=1, known_positives=known).tolist() == [
+        [17, 17, 803, 803, 17],
+        [803, 803, 17, 803, 17],
+        [803, 803, 803, 17, 803],
+    ]
+
+
 def test_uniform_through_the_gap_search():
     # Two items of 1,000 are free: of 16 draws, one in 30 users hits one of them.
     rows = torch.tensor([(0, i) for i in range(1000) if i not in (17, 803)], dtype=torch.int32)

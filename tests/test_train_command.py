@@ -103,6 +103,20 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, said, capsys):
     assert printed.out == ""
     assert said in printed.err
     assert printed.err.count("\n") == 1
+    assert not set(printed.err) & set("│╭╰─")
+    assert "---" not in printed.err
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_an_unknown_flag_is_one_plain_line_whatever_the_terminal(encoding):
+    done = subprocess.run(
+        [sys.executable, "-m", "fasttower.train", "--bogus", "1"],
+        env=os.environ
+        | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "PYTHONIOENCODING": encoding},
+        capture_output=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (2, b"fasttower: Unrecognized options: --bogus, 1\n")
 
 
 def test_a_place_where_nothing_can_be_written_is_found_before_the_training(csv, capsys):

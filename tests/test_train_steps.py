@@ -5,7 +5,10 @@ import torch
 
 from fasttower_kernels.errors import FastTowerError
 from fasttower_kernels.known_positives import KnownPositives
+from fasttower_kernels.philox import seed_key
 from fasttower_kernels.sampled_bce import LossSettings
+from fasttower_kernels.sampled_bce.reference import train_step
+from fasttower_kernels.shuffle import epoch_key, shuffled_rows
 from fasttower_kernels.tables import Interactions, Tables
 from fasttower_kernels.train_steps import StepSettings, TrainState, run_steps, steps_per_epoch
 
@@ -66,6 +69,24 @@ def test_one_call_or_many(interactions, known):
     assert pieces == pytest.approx(total, rel=1e-6)
     for left, right in zip(whole.parameters, parts.parameters, strict=True):
         assert left.equal(right)
+
+
+def test_steps_are_torchs_adam_on_the_batches_gradients(interactions, known):
+    ours, state = make_state(), make_state()
+    theirs = [table.clone().requires_grad_() for table in state.parameters]
+    optimiser = torch.optim.Adam(theirs, lr=SETTINGS.learning_rate)
+    order = shuffled_rows(torch.arange(NUM_ROWS), NUM_ROWS, epoch_key(SETTINGS.seed, 0))
+    for step, rows in enumerate(order.split(SETTINGS.batch_size)[:4]):
+        batch = Interactions(interactions.user_index[rows], interactions.item_index[rows])
+        tables = Tables(*(table.detach() for table in theirs))
+        gradients = tables.zeros_like()
+        train_step(tables, gradients, batch, known, SETTINGS.loss, key=seed_key(SETTINGS.seed), step=step)
+        for parameter, gradient in zip(theirs, gradients, strict=True):
+            parameter.grad = gradient
+        optimiser.step()
+    run(ours, interactions, known, 0, 4)
+    for left, right in zip(ours.parameters, theirs, strict=True):
+        torch.testing.assert_close(left, right.detach(), rtol=1e-5, atol=1e-6)
 
 
 def test_the_loss_falls(interactions, known):

@@ -183,3 +183,20 @@ def test_validation_metrics_hide_training_items(data):
     model = TwoTower(NUM_USERS, NUM_ITEMS, 4).initialise(0, 1.0)
     pair = Interactions(data.fit.user_index[:1].clone(), data.fit.item_index[:1].clone())
     assert Validation.of(pair, data.known_positives, NUM_ITEMS).metrics(model)[f"Recall@{NUM_ITEMS}"] == 0
+
+
+def test_validation_metrics_can_keep_training_items(data):
+    model = TwoTower(NUM_USERS, NUM_ITEMS, 4).initialise(0, 1.0)
+    pair = Interactions(data.fit.user_index[:1].clone(), data.fit.item_index[:1].clone())
+    validation = Validation.of(pair, data.known_positives, NUM_ITEMS, filter_seen=False)
+    assert validation.metrics(model)[f"Recall@{NUM_ITEMS}"] == 1
+
+
+def test_validation_loss_does_not_depend_on_its_parts(data, monkeypatch):
+    model = TwoTower(NUM_USERS, NUM_ITEMS, 4).initialise(0, 1.0)
+    validation = Validation.of(data.valid, data.known_positives, 5)
+    losses = []
+    for rows in (1000, 7):
+        monkeypatch.setattr("fasttower.training.validation._LOSS_ROWS", rows)
+        losses.append(validation.loss(model, LossSettings(3), data.known_positives, seed=1, backend="torch"))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
