@@ -8,6 +8,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,8 +19,26 @@ from fasttower.errors import FastTowerError, TrainingError
 
 Flags = TypeVar("Flags")
 
-# Each command's module has `run(arguments) -> exit code`, imported only when it is called.
-COMMANDS = {"train": "train a model on interactions, recommend to every user, evaluate on the test part"}
+
+@dataclass(frozen=True)
+class Command:
+    """A command: what the usage says of it, and the module whose ``run(arguments)`` returns the exit code."""
+
+    text: str
+    module: str
+
+
+# A module is imported only when its command is called.
+COMMANDS = {
+    "train": Command("train on interactions, recommend to every user, evaluate", "fasttower.train"),
+    "recommend": Command(
+        "recommend from a run, to some users, all, or new ones", "fasttower.commands.recommend"
+    ),
+    "similar": Command("items or users alike", "fasttower.commands.similar"),
+    "evaluate": Command("measure a run against interactions that came later", "fasttower.commands.evaluate"),
+    "export": Command("write the vectors for faiss, hnswlib, numpy or parquet", "fasttower.commands.export"),
+    "info": Command("what a run is, and how good", "fasttower.commands.info"),
+}
 
 EXIT_BAD_INPUT, EXIT_TRAINING_FAILED, EXIT_INTERRUPTED = 2, 3, 130
 
@@ -31,14 +50,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _say(f"fasttower {__version__}")
         return 0
     usage = "usage: fasttower COMMAND [--help]\n\n" + "".join(
-        f"  {name:12s}{text}\n" for name, text in COMMANDS.items()
+        f"  {name:12s}{command.text}\n" for name, command in COMMANDS.items()
     )
     if arguments[:1] in ([], ["--help"], ["-h"]):
         _say(usage)
         return 0 if arguments else EXIT_BAD_INPUT
     if arguments[0] not in COMMANDS:
         return fail(f"there is no command {arguments[0]!r}; the commands are: {', '.join(COMMANDS)}.")
-    module = importlib.import_module(f"fasttower.{arguments[0]}")
+    module = importlib.import_module(COMMANDS[arguments[0]].module)
     return guarded(module.run, arguments[1:])
 
 
@@ -67,9 +86,14 @@ def fail(message: str, code: int = EXIT_BAD_INPUT) -> int:
 
 
 def parse(
-    flags: type[Flags], arguments: Sequence[str], *, prog: str, default: Flags, description: str
+    flags: type[Flags],
+    arguments: Sequence[str],
+    *,
+    prog: str,
+    description: str,
+    default: Flags | None = None,
 ) -> Flags:
-    """Read flags into a dataclass.
+    """Read flags into a dataclass; the fields' own defaults count where no other is given.
 
     Raises:
         FastTowerError: an unknown flag or a value of the wrong type, in one line.
@@ -78,11 +102,15 @@ def parse(
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
-            return tyro.cli(flags, args=list(arguments), prog=prog, default=default, description=description)
+            found: Flags | None = tyro.cli(
+                flags, args=list(arguments), prog=prog, default=default, description=description
+            )
     except SystemExit as stop:
         if not stop.code:
             raise
         raise FastTowerError(_first_paragraph(printed.getvalue())) from None
+    assert found is not None  # tyro's types allow for a default of None
+    return found
 
 
 def _first_paragraph(box: str) -> str:

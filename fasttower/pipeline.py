@@ -19,14 +19,13 @@ from fasttower.errors import FastTowerError
 from fasttower.evaluation.popularity import most_popular
 from fasttower.evaluation.replay_report import replay_metrics
 from fasttower.model import TwoTower
-from fasttower.retrieval import recommendation_frame
+from fasttower.retrieval import recommend, recommendation_frame, rows_at
 from fasttower.run import Run, versions
 from fasttower.training.selection import TrainedModel, TrainingData, train_model
 from fasttower.training.trainer import Observer
 from fasttower_kernels.backends import choose_backend
 from fasttower_kernels.known_positives import KnownPositives
 from fasttower_kernels.tables import Interactions
-from fasttower_kernels.topk import top_k
 
 if TYPE_CHECKING:
     from typing import TypeAlias
@@ -161,6 +160,7 @@ def fit(
         history=trained.history,
         recommendations=recommendations,
         metrics=metrics,
+        known_positives=training_data.known_positives,
     )
 
 
@@ -187,21 +187,23 @@ def _recommend(
 ) -> pl.DataFrame:
     """The top-K of every user of fit, in original ids."""
     users = torch.arange(known.num_users, device=known.items.device)
-    topk = top_k(
+    frames = recommend(
         model.infer_users(),
-        model.infer_items(),
-        k=min(config.k, known.num_items),
-        item_bias=model.item_bias,
+        prepared.users["user_id"],
+        model,
+        prepared.items.select("item_id", "item_index"),
+        k=config.k,
         seen=known if config.filter_seen else None,
-        seen_users=users if config.filter_seen else None,
+        seen_users=users,
     )
-    return recommendation_frame(users, topk, prepared.users, prepared.items)
+    return pl.concat(frames)
 
 
 def _popularity(known: KnownPositives, prepared: PreparedData, config: Config) -> dict[str, float]:
-    users = torch.tensor(prepared.test["user_index"].unique().sort().to_numpy(), device=known.items.device)
+    index = prepared.test["user_index"].unique().sort().to_numpy()
+    users = torch.tensor(index, device=known.items.device)
     topk = most_popular(known, users, k=min(config.k, known.num_items), filter_seen=config.filter_seen)
-    frame = recommendation_frame(users, topk, prepared.users, prepared.items)
+    frame = recommendation_frame(rows_at(index, prepared.users)["user_id"], topk, prepared.items)
     return _report(frame, prepared, config.k, by="rating")
 
 

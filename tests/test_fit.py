@@ -133,6 +133,7 @@ def test_files_of_a_run_directory(run, saved):
         "items.parquet",
         "history.jsonl",
         "recommendations.parquet",
+            "known_positives.safetensors",
         "metrics.json",
     }
     lines = [json.loads(line) for line in (saved / "history.jsonl").read_text().splitlines()]

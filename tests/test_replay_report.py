@@ -38,31 +38,30 @@ def test_a_frame_has_the_original_ids_without_absent_slots():
         torch.tensor([[3, 0], [-1, -1], [2, -1]], dtype=torch.int32),
         torch.tensor([[2.5, 1.0], [-torch.inf, -torch.inf], [0.5, -torch.inf]]),
     )
-    result = recommendation_frame(torch.tensor([2, 0, 1]), topk, USERS, ITEMS)
+    result = recommendation_frame(USERS["user_id"][[2, 0, 1]], topk, ITEMS)
     assert result.equals(frame(("c", 40, 2.5, 1), ("c", 10, 1.0, 2), ("b", 30, 0.5, 1)))
     assert result.schema == frame().schema
 
 
 def test_a_frame_without_recommendations_keeps_its_columns_and_types():
     topk = TopK(torch.full((1, 2), -1, dtype=torch.int32), torch.full((1, 2), -torch.inf))
-    result = recommendation_frame(torch.tensor([0]), topk, USERS, ITEMS)
+    result = recommendation_frame(USERS["user_id"][:1], topk, ITEMS)
     assert result.schema == frame().schema
     assert result.is_empty()
 
 
 @pytest.mark.parametrize(
-    ("user_index", "items", "users", "message"),
+    ("user_index", "found", "items", "message"),
     [
-        ([0, 1], [[0]], USERS, "expected \\(R,\\), \\(R, K\\) and \\(R, K\\)"),
-        ([3], [[0]], USERS, "user indices go from 3 to 3; the map holds 0 to 2"),
-        ([0], [[4]], USERS, "item indices go from 4 to 4; the map holds 0 to 3"),
-        ([0], [[0]], USERS.reverse(), "sort it by user_index"),
+        ([0, 1], [[0]], ITEMS, "expected \\(R,\\), \\(R, K\\) and \\(R, K\\)"),
+        ([0], [[4]], ITEMS, "item_index goes from 4 to 4; the map holds 0 to 3"),
+        ([0], [[0]], ITEMS.reverse(), "sort it by item_index"),
     ],
 )
-def test_a_frame_refuses_what_does_not_fit_its_maps(user_index, items, users, message):
-    topk = TopK(torch.tensor(items, dtype=torch.int32), torch.zeros(len(items), 1))
+def test_a_frame_refuses_what_does_not_fit_its_map(user_index, found, items, message):
+    topk = TopK(torch.tensor(found, dtype=torch.int32), torch.zeros(len(found), 1))
     with pytest.raises(FastTowerError, match=message):
-        recommendation_frame(torch.tensor(user_index), topk, users, ITEMS)
+        recommendation_frame(USERS["user_id"][user_index], topk, items)
 
 
 def test_the_rank_decides_and_not_the_rating_or_the_larger_id():
@@ -170,7 +169,7 @@ def popularity_figures(fit, test):
     test_users, rows = test_users.unique(return_inverse=True)
     truth = KnownPositives.from_pairs(rows, test_items, len(test_users), items.height)
     topk = most_popular(known, test_users, k=10)
-    recommendations = recommendation_frame(test_users, topk, users, items)
+    recommendations = recommendation_frame(users["user_id"].gather(test_users.numpy()), topk, items)
     return (
         replay_metrics(recommendations, test, fit, 10),
         replay_metrics(recommendations, test, fit, 10, by="rating"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
+from fasttower.config import DataConfig
 from fasttower.errors import FastTowerError
 
 # The names that published data sets use, by preference; compared without case, "_", "-" and spaces.
@@ -33,6 +34,16 @@ _REQUIRED = ("user_id", "item_id")
 POSITIONAL = ("user_id", "item_id", "rating", "timestamp")
 
 
+def columns_asked_for(config: DataConfig) -> dict[str, str | None]:
+    """What the configuration says about each column; None where it leaves it to the known names."""
+    return {
+        "user_id": config.user_column,
+        "item_id": config.item_column,
+        "rating": config.rating_column,
+        "timestamp": config.timestamp_column,
+    }
+
+
 def find_columns(found: Sequence[str], asked: Mapping[str, str | None], name: str) -> dict[str, str]:
     """Map each of `user_id`, `item_id`, `rating`, `timestamp` that the table has to its own column.
 
@@ -44,11 +55,7 @@ def find_columns(found: Sequence[str], asked: Mapping[str, str | None], name: st
     Raises:
         FastTowerError: no column of users or items, or a column that was asked for is not there.
     """
-    # RecBole writes the type behind the name: "user_id:token".
-    bare = {
-        column.removeprefix("\ufeff").split(":", maxsplit=1)[0].strip(): column for column in reversed(found)
-    }
-    plain = {re.sub(r"[\s_\-]", "", column).lower(): original for column, original in bare.items()}
+    bare = _bare(found)
     listing = ", ".join(repr(column) for column in found[:20])
     mapping: dict[str, str] = {}
     for role, aliases in _ALIASES.items():
@@ -59,7 +66,7 @@ def find_columns(found: Sequence[str], asked: Mapping[str, str | None], name: st
             if column is None:
                 raise FastTowerError(f"{name}: no column {wanted!r} ({flag}); its columns are {listing}")
         else:
-            column = next((plain[alias] for alias in aliases if alias in plain), None)
+            column = _first_known(bare, aliases)
             if column is None and role in _REQUIRED:
                 kind = role.removesuffix("_id")
                 raise FastTowerError(
@@ -73,3 +80,34 @@ def find_columns(found: Sequence[str], asked: Mapping[str, str | None], name: st
             f"{name}: one column cannot be two things, {mapping}; name them with --user-column ..."
         )
     return mapping
+
+
+def find_id_column(found: Sequence[str], role: str, name: str) -> str:
+    """The column of a list of ids: the one of a usual name, or the only one.
+
+    Args:
+        found: the table's columns.
+        role: "user_id" or "item_id".
+        name: the table, for errors.
+
+    Raises:
+        FastTowerError: there are several, and none has a usual name.
+    """
+    column = _first_known(_bare(found), _ALIASES[role]) or (found[0] if len(found) == 1 else None)
+    if column is None:
+        listing = ", ".join(repr(column) for column in found[:20])
+        raise FastTowerError(f"{name}: no column of {role.removesuffix('_id')} ids is known among {listing}")
+    return column
+
+
+def _bare(found: Sequence[str]) -> dict[str, str]:
+    """The columns by their names without RecBole's types, "user_id:token"; of equal ones the first counts."""
+    return {
+        column.removeprefix("\ufeff").split(":", maxsplit=1)[0].strip(): column for column in reversed(found)
+    }
+
+
+def _first_known(bare: Mapping[str, str], aliases: Sequence[str]) -> str | None:
+    """The column with the most preferred of some names."""
+    plain = {re.sub(r"[\s_\-]", "", column).lower(): original for column, original in bare.items()}
+    return next((plain[alias] for alias in aliases if alias in plain), None)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import polars as pl
 
 from fasttower.config import DataConfig
 from fasttower.data import catalog
+from fasttower.data.columns import columns_asked_for
 from fasttower.data.ids import encode
 from fasttower.data.readers import Interactions, read_interactions
+from fasttower.data.titles import read_titles
 from fasttower.errors import FastTowerError
 
 
@@ -25,6 +28,7 @@ class Loaded:
         user_ids: the distinct ids of all of these, sorted.
         item_ids: likewise.
         timestamp_unit: the source's.
+        titles: item_id and title, where the source is MovieLens and has them; else None.
     """
 
     source: pl.DataFrame
@@ -33,6 +37,7 @@ class Loaded:
     user_ids: pl.Series
     item_ids: pl.Series
     timestamp_unit: str | None
+    titles: pl.DataFrame | None
 
 
 def load(
@@ -46,8 +51,10 @@ def load(
     Raises:
         FastTowerError: one cannot be read, or lacks a column that the configuration needs.
     """
-    read = [_read(source, config, seed, on_download)]
-    asked = _asked_columns(config)
+    if isinstance(source, str) and source in catalog.MOVIELENS:
+        source = catalog.find_or_download(source, config.data_root, on_download)
+    read = [_read(source, config, seed)]
+    asked = columns_asked_for(config)
     read += [read_interactions(file, asked) for file in (config.valid_data, config.test_data) if file]
     _check_columns(read, config)
     unit = read[0].timestamp_unit
@@ -66,15 +73,18 @@ def load(
         user_ids=distinct["user_id"],
         item_ids=distinct["item_id"],
         timestamp_unit=unit,
+        titles=None if _is_frame_or_synthetic(source) else read_titles(Path(source).expanduser()),
     )
 
 
-def _read(source: Any, config: DataConfig, seed: int, on_download: catalog.Progress | None) -> Interactions:  # noqa: ANN401
+def _is_frame_or_synthetic(source: Any) -> bool:  # noqa: ANN401
+    return not isinstance(source, str | Path) or source in catalog.SYNTHETIC
+
+
+def _read(source: Any, config: DataConfig, seed: int) -> Interactions:  # noqa: ANN401
     if isinstance(source, str) and source in catalog.SYNTHETIC:
         return _generate(source, seed)
-    if isinstance(source, str) and source in catalog.MOVIELENS:
-        source = catalog.find_or_download(source, config.data_root, on_download)
-    return read_interactions(source, _asked_columns(config))
+    return read_interactions(source, columns_asked_for(config))
 
 
 def _generate(name: str, seed: int) -> Interactions:
@@ -83,15 +93,6 @@ def _generate(name: str, seed: int) -> Interactions:
     data = synthetic.generate(name, seed)
     columns = ("user_id", "item_id", "rating", "timestamp")
     return Interactions(pl.DataFrame({column: getattr(data, column) for column in columns}), "s", name)
-
-
-def _asked_columns(config: DataConfig) -> dict[str, str | None]:
-    return {
-        "user_id": config.user_column,
-        "item_id": config.item_column,
-        "rating": config.rating_column,
-        "timestamp": config.timestamp_column,
-    }
 
 
 def _check_columns(read: list[Interactions], config: DataConfig) -> None:

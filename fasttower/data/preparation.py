@@ -41,7 +41,7 @@ class PreparedData:
         valid: validation rows whose user and item are in train, unique pairs; None where there are none.
         test: test rows whose user and item are in fit, unique pairs.
         users: user_id (the caller's type) and user_index, sorted by id: the users of fit.
-        items: item_id and item_index, likewise.
+        items: item_id and item_index, likewise; and title, null where there is none, for MovieLens.
         steps: what each step kept and dropped.
         timestamp_unit: "s", "ms", "us", "ns", "datetime", or None without timestamps.
         test_pairs_in_fit: test pairs that fit has already; they count as relevant, and cannot be recommended
@@ -89,6 +89,7 @@ def prepare(
     steps = Steps(len(loaded.user_ids), len(loaded.item_ids))
     test, valid = _beside("test", loaded.test, config, steps), _beside("valid", loaded.valid, config, steps)
     user_ids, item_ids, timestamp_unit = loaded.user_ids, loaded.item_ids, loaded.timestamp_unit
+    titles = loaded.titles
     part = steps.add("read", loaded.source)
     del loaded  # every row is held once
     for step, condition in _filters(config):
@@ -129,7 +130,7 @@ def prepare(
         valid=None if valid is None else index.apply(valid),
         test=test,
         users=users,
-        items=_id_map("item", item_ids, fit.items),
+        items=_with_titles(_id_map("item", item_ids, fit.items), titles),
         steps=tuple(steps.counts),
         timestamp_unit=timestamp_unit,
         test_pairs_in_fit=_pairs_in_common(test, fit_rows, len(users)),
@@ -152,6 +153,14 @@ class _Index:
 def _id_map(kind: str, ids: pl.Series, there: np.ndarray) -> pl.DataFrame:
     kept = ids.filter(pl.Series(there))
     return pl.DataFrame({f"{kind}_id": kept, f"{kind}_index": np.arange(len(kept), dtype=np.int32)})
+
+
+def _with_titles(items: pl.DataFrame, titles: pl.DataFrame | None) -> pl.DataFrame:
+    """The map of items with a column of titles, where the ids are the numbers that titles are known by."""
+    if titles is None or not items["item_id"].dtype.is_integer():
+        return items
+    titles = titles.cast({"item_id": items["item_id"].dtype}, strict=False).drop_nulls()
+    return items.join(titles, on="item_id", how="left", maintain_order="left")
 
 
 def _filters(config: DataConfig) -> Iterator[tuple[str, pl.Expr]]:

@@ -1,5 +1,7 @@
-"""From top-K indices to recommendations in the caller's own ids."""
+"""From vectors to recommendations and neighbours in the caller's own ids."""
 
-from fasttower.retrieval.recommendations import recommendation_frame
+from fasttower.retrieval.ids import find_ids
+from fasttower.retrieval.neighbours import nearest
+from fasttower.retrieval.recommendations import recommend, recommendation_frame, rows_at
 
-__all__ = ["recommendation_frame"]
+__all__ = ["find_ids", "nearest", "recommend", "recommendation_frame", "rows_at"]

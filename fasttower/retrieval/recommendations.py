@@ -1,56 +1,126 @@
-"""The frame of recommendations: who is recommended what, at which rank, with which score."""
+"""Top-K for many users, block by block, as frames in the caller's ids."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import numpy as np
 import polars as pl
 from torch import Tensor
 
 from fasttower.errors import FastTowerError
-from fasttower_kernels.topk import TopK
+from fasttower.model import TwoTower
+from fasttower_kernels.known_positives import KnownPositives
+from fasttower_kernels.topk import TopK, top_k
+
+# What a block's frame holds stays small beside the tables, and a block large enough to keep every core busy.
+_BLOCK_SLOTS = 1 << 20
 
 
-def recommendation_frame(
-    user_index: Tensor, topk: TopK, users: pl.DataFrame, items: pl.DataFrame
-) -> pl.DataFrame:
+def recommend(
+    user_vectors: Tensor,
+    user_ids: pl.Series,
+    model: TwoTower,
+    items: pl.DataFrame,
+    *,
+    k: int,
+    seen: KnownPositives | None = None,
+    seen_users: Tensor | None = None,
+    candidates: Tensor | None = None,
+    memory_budget_bytes: int | None = None,
+) -> Iterator[pl.DataFrame]:
+    """The K best items of each user, in frames of some users each, which can be written as they come.
+
+    Args:
+        user_vectors: (R, D), float32.
+        user_ids: (R,): whose they are.
+        model: has the item vectors and the bias.
+        items: item_id, item_index and, if known, title; row i holds index i.
+        k: items wanted a user.
+        seen: items to leave out; None leaves nothing out.
+        seen_users: (R,), integer: the row of `seen` for each user; needed with it.
+        candidates: (I,), bool: the only items that may be given; None for all.
+        memory_budget_bytes: see `fasttower_kernels.topk.top_k`.
+
+    Yields:
+        user_id, item_id, rating (Float32, the score), rank (Int32, from 1) and, if known, title; in the order
+        of the users and then of rank. A user with fewer than K items left has fewer rows.
+
+    Raises:
+        FastTowerError: k below 1, or a budget that cannot be kept.
+    """
+    k = min(k, max(1, len(items)))
+    block = max(1, _BLOCK_SLOTS // max(1, k))
+    for begin in range(0, max(1, len(user_vectors)), block):
+        rows = slice(begin, begin + block)
+        topk = top_k(
+            user_vectors[rows],
+            model.infer_items(),
+            k=k,
+            item_bias=model.item_bias,
+            seen=seen,
+            seen_users=None if seen is None or seen_users is None else seen_users[rows],
+            candidates=candidates,
+            memory_budget_bytes=memory_budget_bytes,
+        )
+        yield recommendation_frame(user_ids[rows], topk, items)
+
+
+def recommendation_frame(user_ids: pl.Series, topk: TopK, items: pl.DataFrame) -> pl.DataFrame:
     """Put the original ids to a top-K; absent slots are dropped.
 
     Args:
-        user_index: (R,), integer: the user of each row of `topk`.
+        user_ids: (R,): the user of each row of `topk`; names the first column.
         topk: items (R, K) and scores (R, K), best first, on any device.
-        users: user_id, user_index; row i holds index i.
-        items: item_id, item_index; row i holds index i.
+        items: item_id, item_index and, if known, title; row i holds index i.
 
     Returns:
-        user_id, item_id (the types of `users` and `items`), rating (Float32, the score) and rank (Int32, from
-        1), in the order of `user_index` and then of rank. A user without recommendations has no row.
+        The users, item_id, rating (Float32, the score), rank (Int32, from 1) and, if known, title.
 
     Raises:
         FastTowerError: rows that do not match, an id map out of order, or an index that it does not hold.
     """
-    if topk.items.shape != topk.scores.shape or len(topk.items) != len(user_index):
+    return ranked_frame(user_ids, topk, items, id_name="item_id", score_name="rating")
+
+
+def ranked_frame(
+    query_ids: pl.Series, topk: TopK, id_map: pl.DataFrame, *, id_name: str, score_name: str
+) -> pl.DataFrame:
+    """A row for each slot of a top-K that is taken: query, found id, score, rank and, if known, title."""
+    if topk.items.shape != topk.scores.shape or len(topk.items) != len(query_ids):
         raise FastTowerError(
-            f"{len(user_index)} users, items {tuple(topk.items.shape)}, scores {tuple(topk.scores.shape)}; "
+            f"{len(query_ids)} users, items {tuple(topk.items.shape)}, scores {tuple(topk.scores.shape)}; "
             f"expected (R,), (R, K) and (R, K)"
         )
-    item_index = topk.items.cpu().numpy()  # [R, K]
-    row, slot = np.nonzero(item_index >= 0)
-    return pl.DataFrame(
-        [
-            _ids_of(user_index.cpu().numpy()[row], users, "user"),
-            _ids_of(item_index[row, slot], items, "item"),
-            pl.Series("rating", topk.scores.cpu().numpy()[row, slot]),
-            pl.Series("rank", (slot + 1).astype(np.int32)),
-        ]
-    )
+    index = topk.items.cpu().numpy()  # [R, K]
+    row, slot = np.nonzero(index >= 0)
+    found = rows_at(index[row, slot], id_map)
+    columns = [
+        query_ids.gather(row),
+        found[:, 0].alias(id_name),
+        pl.Series(score_name, topk.scores.cpu().numpy()[row, slot]),
+        pl.Series("rank", (slot + 1).astype(np.int32)),
+    ]
+    if "title" in id_map.columns:
+        columns.append(found["title"])
+    return pl.DataFrame(columns)
 
 
-def _ids_of(index: np.ndarray, id_map: pl.DataFrame, name: str) -> pl.Series:
-    """Original ids by position in the map, which is a gather where a join would hash."""
-    if not np.array_equal(id_map[f"{name}_index"].to_numpy(), np.arange(id_map.height)):
-        raise FastTowerError(f"the map of {name} ids has gaps or is out of order; sort it by {name}_index")
+def rows_at(index: np.ndarray, id_map: pl.DataFrame) -> pl.DataFrame:
+    """Rows of an id map by position, which is a gather where a join would hash.
+
+    Args:
+        index: (n,), integer.
+        id_map: an id, its index, and whatever else; row i holds index i.
+
+    Raises:
+        FastTowerError: the map is out of order, or does not hold an index.
+    """
+    name = id_map.columns[1]
+    if not np.array_equal(id_map[name].to_numpy(), np.arange(id_map.height)):
+        raise FastTowerError(f"the map of {id_map.columns[0]} has gaps or is out of order; sort it by {name}")
     if len(index) and not 0 <= index.min() <= index.max() < id_map.height:
         raise FastTowerError(
-            f"{name} indices go from {index.min()} to {index.max()}; the map holds 0 to {id_map.height - 1}"
+            f"{name} goes from {index.min()} to {index.max()}; the map holds 0 to {id_map.height - 1}"
         )
-    return id_map[f"{name}_id"].gather(index)
+    return id_map[index]

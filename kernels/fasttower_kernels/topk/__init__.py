@@ -24,7 +24,8 @@ def top_k(
     item_bias: Tensor | None = None,
     seen: KnownPositives | None = None,
     seen_users: Tensor | None = None,
-    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    candidates: Tensor | None = None,
+    memory_budget_bytes: int | None = None,
 ) -> TopK:
     """The K items with the highest scores for each user, best first, seen items left out.
 
@@ -52,10 +53,14 @@ def top_k(
         FastTowerError: shapes, types or devices that do not fit, an index out of range, or vectors that are
             not finite (or so large that scores would not be).
     """
+    chunk_bytes = DEFAULT_CHUNK_BYTES if memory_budget_bytes is None else memory_budget_bytes
     _check_numbers(k, chunk_bytes)
     _check_vectors(user_vectors, item_vectors, item_bias)
     if seen is not None:
         _check_seen(seen, seen_users, user_vectors, len(item_vectors))
+    if candidates is not None:
+        bias = torch.zeros(len(item_vectors), device=item_vectors.device) if item_bias is None else item_bias
+        item_bias = bias.masked_fill(~candidates, -torch.inf)
     return top_k_torch(
         user_vectors,
         item_vectors,

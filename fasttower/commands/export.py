@@ -1,0 +1,39 @@
+"""`fasttower export`: a run's vectors for other software."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from fasttower.cli import parse
+from fasttower.commands.output import say
+from fasttower.export import Format
+from fasttower.run import load_run
+
+DESCRIPTION = (
+    "Write the vectors, the item bias as one more dimension: the inner product is the score.\n\n"
+    "Example: fasttower export runs/mine --to index --format faiss"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flags:
+    """What to write, and where."""
+
+    run: tyro.conf.Positional[Path]
+    """The run directory."""
+    to: Path
+    """The folder to write to; one that is not empty is refused."""
+    format: Format = "parquet"
+    """faiss: a flat index; hnswlib: a graph; numpy: .npy arrays; parquet: ids and vectors."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command; returns the exit code."""
+    flags = parse(Flags, arguments, prog="fasttower export", description=DESCRIPTION)
+    for path in load_run(flags.run).export(flags.to, flags.format):
+        say(f"{path}  {path.stat().st_size:,} bytes")
+    return 0

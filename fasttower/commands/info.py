@@ -1,0 +1,56 @@
+"""`fasttower info`: what a run is, and how good."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import polars as pl
+import tyro
+
+from fasttower.cli import parse
+from fasttower.commands.output import say, show_frame
+from fasttower.run import load_run
+
+DESCRIPTION = "What a run is, and how good.\n\nExample: fasttower info runs/mine"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flags:
+    """Which run."""
+
+    run: tyro.conf.Positional[Path]
+    """The run directory."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command; returns the exit code."""
+    flags = parse(Flags, arguments, prog="fasttower info", description=DESCRIPTION)
+    trained = load_run(flags.run)
+    config, metrics = trained.config, trained.metrics
+    bias = "with" if config.item_bias else "without"
+    say(f"{flags.run}: {config.data}, preset {config.preset}, seed {config.seed}")
+    say(
+        f"{len(trained.users):,} users, {len(trained.items):,} items, "
+        f"{len(trained.known_positives.items):,} distinct pairs"
+    )
+    say(f"dimension {config.embedding_dim}, {bias} item bias, {config.num_negatives} negatives")
+    say(f"batch size {config.batch_size:,}, learning rate {config.learning_rate:g}")
+    say(
+        f"trained for {metrics['best_epoch']} epochs with L2 {metrics['l2']:g} on {trained.device}, "
+        f"backend {trained.backend}"
+    )
+    if "test" in metrics:
+        names = list(metrics["test"])
+        table = {"metric": names, "model": [metrics["test"][name] for name in names]}
+        table["popularity"] = [metrics["popularity"][name] for name in names]
+        show_frame(pl.DataFrame(table), f"test part: {metrics['test_users']:,} users")
+    for number, update in enumerate(metrics.get("updates", ()), start=1):
+        say(
+            f"update {number}: {update['rows']:,} rows, {update['new_users']:,} new users, "
+            f"{update['new_items']:,} new items, {update['epochs']} epochs"
+        )
+    if trained.interrupted:
+        say("its training was interrupted")
+    return 0

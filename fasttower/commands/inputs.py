@@ -1,0 +1,78 @@
+"""Ids and sizes as they are written on the command line and in files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import polars as pl
+
+from fasttower.data.columns import find_id_column
+from fasttower.errors import FastTowerError
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def ids_from_words(words: Sequence[str], id_map: pl.DataFrame) -> pl.Series:
+    """Ids from flags, in the type of the run's.
+
+    Raises:
+        FastTowerError: the run's ids are integers and a word is none.
+    """
+    text = pl.Series(id_map.columns[0], words, dtype=pl.String)
+    return _as_in_run(text, id_map, "the command line")
+
+
+def ids_from_file(path: Path, id_map: pl.DataFrame) -> pl.Series:
+    """Ids from a file, in the type of the run's.
+
+    A .txt has one id a line; a csv, tsv or parquet file a column of a usual name, or one column alone.
+
+    Raises:
+        FastTowerError: the file cannot be read, has no such column, or holds ids of another type.
+    """
+    column, suffix = id_map.columns[0], path.suffix.lower()
+    try:
+        if suffix in (".parquet", ".pq"):
+            rows = pl.scan_parquet(path, glob=False)
+        elif suffix in (".csv", ".tsv"):
+            separator = "," if suffix == ".csv" else "\t"
+            rows = pl.scan_csv(path, separator=separator, infer_schema=False, glob=False)
+        else:
+            lines = [line.strip() for line in path.read_text().splitlines()]
+            rows = pl.LazyFrame({column: [line for line in lines if line]}, schema={column: pl.String})
+        name = find_id_column(rows.collect_schema().names(), column, str(path))
+        ids = rows.select(pl.col(name).alias(column)).collect().to_series().drop_nulls()
+    except (OSError, UnicodeDecodeError, pl.exceptions.PolarsError) as error:
+        reason = str(error).strip().split("\n", maxsplit=1)[0]
+        raise FastTowerError(f"{path} cannot be read as a list of ids ({reason}).") from error
+    return _as_in_run(ids, id_map, str(path))
+
+
+def _as_in_run(ids: pl.Series, id_map: pl.DataFrame, where: str) -> pl.Series:
+    wanted = id_map.schema[ids.name]
+    if not wanted.is_integer() or ids.dtype.is_integer():
+        return ids
+    numbers = ids.cast(pl.Int64, strict=False)
+    odd = ids.filter(numbers.is_null())
+    if len(odd):
+        raise FastTowerError(f"{where}: {ids.name} {odd[0]!r} is no integer, as those of the run are.")
+    return numbers
+
+
+def bytes_from_text(text: str | None) -> int | None:
+    """The number of bytes that "500MB", "4GB", "64 MiB" or "1000000" means; None for None.
+
+    Raises:
+        FastTowerError: it is none of these.
+    """
+    if text is None:
+        return None
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text, flags=re.IGNORECASE)
+    unit = match[2].upper() if match else None
+    if match is None or unit not in _UNITS:
+        raise FastTowerError(
+            f"--memory-budget is {text!r}; expected a number and a unit, such as 500MB or 4GB."
+        )
+    return int(float(match[1]) * _UNITS[unit])

@@ -1,0 +1,105 @@
+"""Frames on the terminal and in files."""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import polars as pl
+from polars.io.plugins import register_io_source
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress
+from rich.table import Table
+
+from fasttower.errors import FastTowerError
+
+SHOWN_ROWS = 50
+
+_WRITERS: dict[str, Callable[[pl.LazyFrame, Path], object]] = {
+    ".parquet": lambda rows, path: rows.sink_parquet(path),
+    ".csv": lambda rows, path: rows.sink_csv(path),
+    ".jsonl": lambda rows, path: rows.sink_ndjson(path),
+    ".json": lambda rows, path: rows.collect().write_json(path),
+}
+
+
+def check_output(path: Path | None) -> None:
+    """Raise where a result could not be written, before it is worked for.
+
+    Raises:
+        FastTowerError: another kind of file than can be written, or no such folder.
+    """
+    if path is None:
+        return
+    if path.suffix.lower() not in _WRITERS:
+        raise FastTowerError(f"--output is {path}; expected a name that ends in {', '.join(_WRITERS)}.")
+    if path.is_dir() or not path.resolve().parent.is_dir():
+        raise FastTowerError(f"--output {path} cannot be written: there is no folder for it, or it is one.")
+
+
+def write_frames(frames: Iterator[pl.DataFrame], path: Path) -> int:
+    """Write frames to one file as they come; the file is there when all of it is. Returns the rows.
+
+    Args:
+        frames: at least one; all of the same columns.
+        path: as `check_output` found it good.
+
+    Raises:
+        FastTowerError: the file cannot be written.
+    """
+    first = next(frames)
+    count = 0
+
+    def all_frames(*_: object) -> Iterator[pl.DataFrame]:
+        nonlocal count
+        for frame in itertools.chain([first], frames):
+            count += len(frame)
+            yield frame
+
+    rows = register_io_source(all_frames, schema=first.schema)
+    try:
+        with tempfile.TemporaryDirectory(dir=path.resolve().parent, prefix=".fasttower-") as folder:
+            part = Path(folder) / path.name
+            _WRITERS[path.suffix.lower()](rows, part)
+            part.replace(path)
+    except (OSError, pl.exceptions.PolarsError) as error:
+        reason = str(error).strip().split("\n", maxsplit=1)[0]
+        raise FastTowerError(f"--output {path} cannot be written: {reason}.") from error
+    return count
+
+
+def show_frame(frame: pl.DataFrame, title: str = "") -> None:
+    """Print a frame as a table, its first rows where there are many."""
+    table = Table(title=escape(title) or None, title_justify="left")
+    for name, dtype in frame.schema.items():
+        table.add_column(escape(name), justify="right" if dtype.is_float() or name == "rank" else "left")
+    for row in frame.head(SHOWN_ROWS).iter_rows():
+        table.add_row(*(_text(value) for value in row))
+    console = Console(highlight=False, emoji=False)
+    console.print(table)
+    if len(frame) > SHOWN_ROWS:
+        console.print(f"and {len(frame) - SHOWN_ROWS:,} rows more; --output FILE writes all")
+
+
+def say(line: str) -> None:
+    """Print a line."""
+    Console(highlight=False, emoji=False, soft_wrap=True).print(escape(line))
+
+
+def _text(value: object) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4f}" if isinstance(value, float) else escape(str(value))
+
+
+def counted(frames: Iterator[pl.DataFrame], users: int) -> Iterator[pl.DataFrame]:
+    """The frames, with a bar on stderr that counts their users, where it is a terminal."""
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("recommend", total=users)
+        for frame in frames:
+            progress.advance(bar, frame["user_id"].n_unique())
+            yield frame

@@ -1,0 +1,108 @@
+"""`fasttower recommend`: a run's recommendations for some users, all of them, or new ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import polars as pl
+import tyro
+
+from fasttower.cli import parse
+from fasttower.commands.inputs import bytes_from_text, ids_from_file, ids_from_words
+from fasttower.commands.output import check_output, counted, say, show_frame, write_frames
+from fasttower.config import Device
+from fasttower.errors import FastTowerError
+from fasttower.retrieval.ids import Unknown
+from fasttower.run import load_run
+
+DESCRIPTION = (
+    "Recommend to users of a run, or to new users from what they touched.\n\n"
+    "Example: fasttower recommend runs/mine --k 20 --output recommendations.parquet"
+)
+_SHOWN_USERS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flags:
+    """What to recommend, to whom, and where to write it."""
+
+    run: tyro.conf.Positional[Path]
+    """The run directory."""
+    user: tuple[str, ...] = ()
+    """Ids of users to recommend to."""
+    users: Path | None = None
+    """A file of user ids: .txt with one a line, csv, tsv or parquet. Without it and --user, all."""
+    new: Path | None = None
+    """A file of interactions of users who were not there at training, to recommend to instead."""
+    k: int = 10
+    """Recommendations a user; fewer where fewer are left."""
+    filter_seen: bool = True
+    """Leave out what a user has touched."""
+    deny: Path | None = None
+    """A file of ids of items that nobody is to get."""
+    allow: Path | None = None
+    """A file of ids of the only items that may be given."""
+    unknown: Unknown = "raise"
+    """What to do about ids that the run does not know: fail, or skip them."""
+    memory_budget: str | None = None
+    """Bound on the memory that scoring takes beside the tables and the result, such as 500MB."""
+    device: Device = "auto"
+    """Where to score."""
+    output: Path | None = None
+    """A .parquet, .csv, .json or .jsonl file for all of it; without one a table of the first is printed."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command; returns the exit code."""
+    flags = parse(Flags, arguments, prog="fasttower recommend", description=DESCRIPTION)
+    check_output(flags.output)
+    budget = bytes_from_text(flags.memory_budget)
+    if flags.new is not None and (flags.user or flags.users):
+        raise FastTowerError("--new is given with --user or --users; give one of them.")
+    trained = load_run(flags.run, flags.device)
+    deny, allow = (
+        None if file is None else ids_from_file(file, trained.items) for file in (flags.deny, flags.allow)
+    )
+    users: pl.Series | None = None
+    if flags.user or flags.users:
+        named = [ids_from_words(flags.user, trained.users)] if flags.user else []
+        listed = [ids_from_file(flags.users, trained.users)] if flags.users else []
+        users = pl.concat([ids.cast(trained.users.schema["user_id"]) for ids in named + listed])
+    elif flags.output is None and flags.new is None:
+        users = trained.users["user_id"].head(_SHOWN_USERS)
+
+    if flags.new is not None:
+        frames = iter(
+            [
+                trained.recommend_new(
+                    flags.new,
+                    flags.k,
+                    filter_seen=flags.filter_seen,
+                    deny=deny,
+                    allow=allow,
+                    unknown=flags.unknown,
+                    memory_budget_bytes=budget,
+                )
+            ]
+        )
+    else:
+        frames = trained.recommend_in_blocks(
+            users,
+            flags.k,
+            filter_seen=flags.filter_seen,
+            deny=deny,
+            allow=allow,
+            unknown=flags.unknown,
+            memory_budget_bytes=budget,
+        )
+    if flags.output is None:
+        show_frame(pl.concat(frames))
+        if users is not None and not (flags.user or flags.users):
+            say(f"{len(trained.users):,} users; --output FILE writes all, --user and --users choose")
+        return 0
+    count = len(trained.users) if users is None else len(users)
+    rows = write_frames(counted(frames, count), flags.output)
+    say(f"{rows:,} recommendations written to {flags.output}")
+    return 0
