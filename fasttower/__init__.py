@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fasttower.config import PRESETS, Config
     from fasttower.errors import FastTowerError, TrainingError
+    from fasttower.evaluation.later_test import Evaluation
     from fasttower.model import TwoTower
     from fasttower.pipeline import FitObserver, fit
     from fasttower.run import Run, load_run
@@ -17,6 +18,7 @@ __version__ = "0.1.0"
 __all__ = [
     "PRESETS",
     "Config",
+    "Evaluation",
     "FastTowerError",
     "FitObserver",
     "Run",
@@ -29,6 +31,7 @@ __all__ = [
 _HOMES = {
     "PRESETS": "config",
     "Config": "config",
+    "Evaluation": "evaluation.later_test",
     "FastTowerError": "errors",
     "Run": "run",
     "FitObserver": "pipeline",

@@ -36,7 +36,7 @@ from fasttower_kernels.known_positives import KnownPositives
 from fasttower_kernels.sampled_bce import LossSettings
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Run:
     """What `fasttower.fit` returns and `fasttower.load_run` reads back.
 
@@ -63,6 +63,13 @@ class Run:
     recommendations: pl.DataFrame
     metrics: dict[str, Any]
     known_positives: KnownPositives
+
+    def __repr__(self) -> str:
+        measured = ", ".join(f"{name} {value:.4f}" for name, value in self.metrics.get("test", {}).items())
+        return (
+            f"<Run on {self.config.data}: {len(self.users):,} users, {len(self.items):,} items, dimension "
+            f"{self.config.embedding_dim}{measured and '; ' + measured}>"
+        )
 
     @property
     def interrupted(self) -> bool:

@@ -3,46 +3,14 @@
 import json
 import math
 
-import polars as pl
 import pytest
 import torch
+from conftest import CONFIG
 
 import fasttower
 from fasttower import Config, FastTowerError
 from fasttower.evaluation.ranking import ranking_metrics
 from fasttower_kernels.known_positives import KnownPositives
-
-CONFIG = Config(
-    embedding_dim=4, batch_size=64, epochs=3, learning_rate=0.05, backend="torch", l2=(0.03,), threads=1, k=5
-)
-
-
-@pytest.fixture(scope="module")
-def ratings():
-    """Users like items of their own parity; ids are strings, with leading zeros."""
-    generator = torch.Generator().manual_seed(0)
-    users = torch.randint(40, (2000,), generator=generator)
-    items = torch.randint(30, (2000,), generator=generator) * 2 + users % 2
-    return pl.DataFrame(
-        {
-            "user": [f"{user:03d}" for user in users.tolist()],
-            "item": [f"item {item}" for item in items.tolist()],
-            "rating": [float(1 + i % 5) for i in range(2000)],
-            "timestamp": list(range(2000)),
-        }
-    )
-
-
-@pytest.fixture(scope="module")
-def run(ratings):
-    return fasttower.fit(ratings, CONFIG)
-
-
-@pytest.fixture(scope="module")
-def saved(run, tmp_path_factory):
-    path = tmp_path_factory.mktemp("runs") / "first"
-    run.save(path)
-    return path
 
 
 def test_recommendations_are_in_the_callers_ids_best_first(run, ratings):
@@ -133,7 +101,7 @@ def test_files_of_a_run_directory(run, saved):
         "items.parquet",
         "history.jsonl",
         "recommendations.parquet",
-            "known_positives.safetensors",
+        "known_positives.safetensors",
         "metrics.json",
     }
     lines = [json.loads(line) for line in (saved / "history.jsonl").read_text().splitlines()]

@@ -52,15 +52,16 @@ def _as_series(ids: Any, like: pl.Series) -> pl.Series:  # noqa: ANN401
         ids = [ids]
     try:
         series = pl.Series(like.name, ids)
-        if series.is_empty():
-            return like.clear()
+        if series.dtype == pl.Null:  # there are none, or none has a value
+            series = series.cast(like.dtype)
         if series.dtype in (pl.Categorical, pl.Enum):
             series = series.cast(pl.String)
         if series.dtype != like.dtype and series.dtype.is_integer() and like.dtype.is_integer():
             series = series.cast(like.dtype, strict=False)  # what does not fit is unknown
     except (TypeError, ValueError, pl.exceptions.PolarsError) as error:
+        reason = str(error).split("\n", maxsplit=1)[0]
         raise FastTowerError(
-            f"{_plural(like.name)} cannot be read: {error}; expected a list of them."
+            f"{_plural(like.name)} cannot be read ({reason}); expected a list of {like.dtype}."
         ) from error
     if series.dtype != like.dtype:
         raise FastTowerError(

@@ -1,0 +1,227 @@
+"""The commands that use a run, as a user types them."""
+
+import json
+
+import polars as pl
+import pytest
+
+import fasttower
+from fasttower.cli import COMMANDS, main
+
+HELPED = [name for name in COMMANDS if name != "train"]
+
+
+@pytest.fixture
+def ask(capsys, monkeypatch):
+    """Run a command; returns the exit code, stdout and stderr."""
+    monkeypatch.setenv("COLUMNS", "120")
+
+    def run(*arguments):
+        code = main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.mark.parametrize("name", HELPED)
+def test_help_has_an_example(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([name, "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert f"Example: fasttower {name} runs/mine" in text
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "csv", "jsonl", "json"])
+def test_all_recommendations_go_to_a_file(ask, saved, run, tmp_path, suffix):
+    path = tmp_path / f"out.{suffix}"
+    code, out, err = ask("recommend", saved, "--k", 5, "--output", path)
+    assert (code, err) == (0, "")
+    assert f"200 recommendations written to {path}" in out
+    read = {"parquet": pl.read_parquet, "jsonl": pl.read_ndjson, "json": pl.read_json}.get(suffix)
+    types = {"user_id": pl.String, "rating": pl.Float32, "rank": pl.Int32}
+    frame = read(path) if read else pl.read_csv(path, schema_overrides=types)
+    assert frame["user_id"].equals(run.recommendations["user_id"])
+    assert frame["item_id"].equals(run.recommendations["item_id"])
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_results_that_come_in_blocks_are_one_file(ask, saved, run, tmp_path, monkeypatch):
+    monkeypatch.setattr("fasttower.retrieval.recommendations._BLOCK_SLOTS", 35)  # seven users
+    code, out, _ = ask("recommend", saved, "--k", 5, "--output", tmp_path / "out.parquet")
+    assert code == 0
+    assert "200 recommendations" in out
+    frame = pl.read_parquet(tmp_path / "out.parquet")
+    assert frame.select("user_id", "item_id", "rank").equals(
+        run.recommendations.select("user_id", "item_id", "rank")
+    )
+
+
+def test_without_a_file_some_users_are_shown(ask, saved):
+    code, out, _ = ask("recommend", saved, "--k", 2)
+    assert code == 0
+    assert [user in out for user in ("000", "001", "002", "003")] == [True, True, True, False]
+    assert "40 users; --output FILE writes all" in out
+    code, out, _ = ask("recommend", saved, "--user", "030", "--k", 2)
+    assert "030" in out
+    assert "000" not in out
+    assert "--output" not in out
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("users.txt", "030\n\n007\n"),
+        ("users.csv", "user\n030\n007\n"),
+        ("users.csv", "age,user_id\n1,030\n2,007\n"),
+        ("users.tsv", "whoever\n030\n007\n"),
+    ],
+)
+def test_users_come_from_files(ask, saved, tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    code, _, err = ask("recommend", saved, "--users", tmp_path / name, "--output", tmp_path / "out.parquet")
+    assert (code, err) == (0, "")
+    assert pl.read_parquet(tmp_path / "out.parquet")["user_id"].unique(maintain_order=True).to_list() == [
+        "030",
+        "007",
+    ]
+
+
+def test_filters_come_from_files(ask, saved, run, tmp_path):
+    best = run.recommend(["001"], k=3)["item_id"]
+    (tmp_path / "deny.txt").write_text(best[0])
+    best[1:].to_frame().write_parquet(tmp_path / "allow.parquet")
+    flags = ("--user", "001", "--deny", tmp_path / "deny.txt", "--allow", tmp_path / "allow.parquet")
+    code, _, _ = ask("recommend", saved, *flags, "--output", tmp_path / "out.csv")
+    assert code == 0
+    assert pl.read_csv(tmp_path / "out.csv")["item_id"].to_list() == best[1:].to_list()
+    code, _, _ = ask(
+        "recommend", saved, "--user", "001", "--no-filter-seen", "--k", 100, "--output", tmp_path / "out.csv"
+    )
+    assert len(pl.read_csv(tmp_path / "out.csv")) == len(run.items)
+
+
+def test_new_users_come_from_a_file_of_interactions(ask, saved, run, tmp_path):
+    new = pl.DataFrame({"user": ["n", "n"], "item": ["item 2", "item 4"]})
+    new.write_csv(tmp_path / "new.csv")
+    code, _, err = ask(
+        "recommend", saved, "--new", tmp_path / "new.csv", "--k", 4, "--output", tmp_path / "out.parquet"
+    )
+    assert (code, err) == (0, "")
+    assert pl.read_parquet(tmp_path / "out.parquet").equals(run.recommend_new(new, k=4))
+
+
+def test_similar_shows_each_query_and_writes(ask, saved, run, tmp_path):
+    code, out, _ = ask("similar", saved, "--item", "item 3", "item 5", "--k", 2)
+    assert code == 0
+    assert "like item 3" in out
+    assert "like item 5" in out
+    code, _, _ = ask("similar", saved, "--user", "003", "--output", tmp_path / "out.parquet")
+    assert pl.read_parquet(tmp_path / "out.parquet").equals(run.similar_users(["003"]))
+
+
+def test_evaluate_prints_the_runs_own_report_on_its_test_part(ask, saved, run, ratings, tmp_path):
+    ratings.sort("timestamp")[1600:].write_csv(tmp_path / "test.csv")
+    code, out, err = ask("evaluate", saved, "--test", tmp_path / "test.csv", "--k", 5)
+    assert (code, err) == (0, "")
+    for name, value in run.metrics["test"].items():
+        line = next(line for line in out.splitlines() if name in line)
+        assert f"{value:.4f}" in line
+        assert f"{run.metrics['popularity'][name]:.4f}" in line
+    flags = ("--metrics", "Recall", "--output", tmp_path / "out.json")
+    assert ask("evaluate", saved, "--test", tmp_path / "test.csv", *flags)[0] == 0
+    assert [row["metric"] for row in json.loads((tmp_path / "out.json").read_text())] == ["Recall@10"]
+
+
+def test_export_lists_what_it_wrote(ask, saved, tmp_path):
+    code, out, _ = ask("export", saved, "--to", tmp_path / "out", "--format", "numpy")
+    assert code == 0
+    assert "item_vectors.npy" in out
+    assert (tmp_path / "out" / "item_vectors.npy").exists()
+
+
+def test_info_says_what_the_run_is(ask, saved, run, tmp_path):
+    code, out, _ = ask("info", saved)
+    assert code == 0
+    assert "40 users, 60 items" in out
+    assert f"{run.metrics['test']['NDCG@5']:.4f}" in out
+    run.update(pl.DataFrame({"user": ["x"], "item": ["y"]}), epochs=1).save(tmp_path / "updated")
+    code, out, _ = ask("info", tmp_path / "updated")
+    assert "update 1: 1 rows, 1 new users, 1 new items, 1 epochs" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("recommend", "RUN", "--user", "nobody"), "'nobody'"),
+        (("recommend", "RUN", "--k", "0"), "k is 0"),
+        (("recommend", "RUN", "--k", "many"), "many"),
+        (("recommend", "RUN", "--output", "TMP/out.xls"), "ends in .parquet, .csv"),
+        (("recommend", "RUN", "--output", "TMP/no/out.csv"), "no folder for it"),
+        (("recommend", "RUN", "--memory-budget", "lots"), "expected a number and a unit"),
+        (("recommend", "RUN", "--memory-budget", "5 parsecs"), "expected a number and a unit"),
+        (("recommend", "RUN", "--users", "TMP/nothing.txt"), "nothing.txt cannot be read"),
+        (("recommend", "RUN", "--users", "TMP/nothing.csv"), "nothing.csv cannot be read"),
+        (("recommend", "RUN", "--users", "TMP/wide.csv"), "no column of user ids"),
+        (("recommend", "RUN", "--new", "TMP/wide.csv"), "no column of user ids"),
+        (("recommend", "RUN", "--new", "TMP/wide.csv", "--user", "001"), "give one of them"),
+        (("recommend", "TMP/nothing"), "is not a run directory"),
+        (("recommend",), "PATH"),
+        (("similar", "RUN"), "--item"),
+        (("similar", "RUN", "--item", "item 1", "--user", "001"), "--item"),
+        (("similar", "RUN", "--item", "nothing"), "'nothing'"),
+        (("evaluate", "RUN"), "--test"),
+        (("evaluate", "RUN", "--test", "TMP/nothing.csv"), "no such file"),
+        (("evaluate", "RUN", "--test", "TMP/wide.csv", "--metrics", "AUC"), "AUC"),
+        (("export", "RUN", "--to", "TMP"), "is not empty"),
+        (("export", "RUN", "--to", "TMP/x", "--format", "csv"), "csv"),
+        (("info", "TMP"), "is not a run directory"),
+        (("informations",), "there is no command 'informations'"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(ask, saved, tmp_path, arguments, message):
+    (tmp_path / "wide.csv").write_text("a,b\n1,2\n")
+    replaced = [word.replace("RUN", str(saved)).replace("TMP", str(tmp_path)) for word in arguments]
+    code, out, err = ask(*replaced)
+    assert code == 2
+    assert message in err
+    assert err.count("\n") == 1
+    assert out == ""
+
+
+def test_words_are_numbers_where_the_runs_ids_are(ask, ratings, tmp_path):
+    from conftest import CONFIG
+
+    frame = ratings.with_columns(pl.col("user").cast(pl.Int64))
+    fasttower.fit(frame, fasttower.Config(**{**vars(CONFIG), "epochs": 1})).save(tmp_path / "run")
+    code, _, _ = ask("recommend", tmp_path / "run", "--user", "7", "--output", tmp_path / "out.parquet")
+    assert code == 0
+    assert pl.read_parquet(tmp_path / "out.parquet")["user_id"].unique().to_list() == [7]
+    code, _, err = ask("recommend", tmp_path / "run", "--user", "seven")
+    assert code == 2
+    assert "'seven' is no integer" in err
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("500MB", 500 * 10**6), ("4 gb", 4 * 10**9), ("64MiB", 2**26), ("1.5KB", 1500), ("77", 77)],
+)
+def test_sizes_are_read_as_people_write_them(text, expected):
+    from fasttower.commands.inputs import bytes_from_text
+
+    assert bytes_from_text(text) == expected
+
+
+def test_a_file_that_cannot_be_finished_leaves_the_old_one(ask, saved, tmp_path, monkeypatch):
+    (tmp_path / "out.csv").write_text("old")
+    monkeypatch.setitem(
+        __import__("fasttower.commands.output", fromlist=["_WRITERS"])._WRITERS,
+        ".csv",
+        lambda rows, path: (_ for _ in ()).throw(OSError("No space left on device")),
+    )
+    code, _, err = ask("recommend", saved, "--output", tmp_path / "out.csv")
+    assert code == 2
+    assert "No space left" in err
+    assert (tmp_path / "out.csv").read_text() == "old"
+    assert [file.name for file in tmp_path.iterdir()] == ["out.csv"]
