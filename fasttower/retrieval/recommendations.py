@@ -14,7 +14,7 @@ from fasttower_kernels.known_positives import KnownPositives
 from fasttower_kernels.topk import TopK, top_k
 
 # What a block's frame holds stays small beside the tables, and a block large enough to keep every core busy.
-_BLOCK_SLOTS = 1 << 20
+_BLOCK_SLOTS = 1 << 18
 
 
 def recommend(
