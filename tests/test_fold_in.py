@@ -76,19 +76,14 @@ def test_the_loss_scale_changes_nothing_as_it_scales_l2_as_well():
     assert one.equal(other)
 
 
-def test_chunks_of_users_and_tiles_of_items_change_rounding_alone(monkeypatch):
+@pytest.mark.parametrize("tile_bytes", [1 << 10, 1])
+def test_chunks_of_users_and_tiles_of_items_change_rounding_alone(monkeypatch, tile_bytes):
     known, _, vectors, bias = made_up()
     whole = fold_in(known, vectors, bias, LossSettings(l2=0.1), exclude_known_positives=True)
-    monkeypatch.setattr(module, "_CHUNK_BYTES", 4 * 8 * NUM_ITEMS * 2)  # two users, 39 items
+    monkeypatch.setattr(module, "_CHUNK_USERS", 3)
+    monkeypatch.setattr(module, "_TILE_BYTES", tile_bytes)  # 17 items, and one
     parts = fold_in(known, vectors, bias, LossSettings(l2=0.1), exclude_known_positives=True)
     torch.testing.assert_close(parts, whole, rtol=1e-3, atol=1e-4)
-    monkeypatch.setattr(module, "_CHUNK_BYTES", 600)  # one user, ten items
-    torch.testing.assert_close(
-        fold_in(known, vectors, bias, LossSettings(l2=0.1), exclude_known_positives=True),
-        whole,
-        rtol=1e-3,
-        atol=1e-4,
-    )
 
 
 def test_without_l2_the_vectors_are_finite():

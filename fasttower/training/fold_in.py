@@ -23,8 +23,8 @@ from torch.nn.functional import softplus
 from fasttower_kernels.known_positives import KnownPositives
 from fasttower_kernels.sampled_bce import LossSettings
 
-_CHUNK_BYTES = 1 << 26
-_LIVE_BUFFERS = 8  # users x items arrays that a chunk's iteration holds
+_CHUNK_USERS = 1024  # share the outer products of the items' vectors
+_TILE_BYTES = 1 << 25
 
 # Of a larger catalogue a sample of this size stands for the items that may be drawn.
 _MOST_DRAWN_ITEMS = 1 << 16
@@ -44,6 +44,8 @@ def fold_in(
     exclude_known_positives: bool,
 ) -> Tensor:
     """The vectors that the training loss is least for, on the mean over the negatives, with the items fixed.
+
+    Takes D^2 / 2 multiplications for each user, item and step of some six; its memory is bounded.
 
     Args:
         touched: the items of each of the R users.
@@ -66,36 +68,30 @@ def fold_in(
     bias = torch.zeros(num_items, device=device) if item_bias is None else item_bias
 
     vectors = torch.zeros((touched.num_users, dim), device=device)
-    columns = min(num_items, 2 * _MOST_DRAWN_ITEMS)
-    rows = max(1, min(_CHUNK_BYTES // (4 * dim * dim), _CHUNK_BYTES // (4 * _LIVE_BUFFERS * columns)))
-    for begin in range(0, touched.num_users, rows):
-        users = torch.arange(begin, min(begin + rows, touched.num_users), device=device)
+    for begin in range(0, touched.num_users, _CHUNK_USERS):
+        users = torch.arange(begin, min(begin + _CHUNK_USERS, touched.num_users), device=device)
         users = users[touched.degrees[users] > 0]
         if len(users):
-            objective = _Objective.of(
-                touched, users, item_vectors, bias, drawn, loss, exclude_known_positives
-            )
+            objective = _Objective(touched, users, item_vectors, bias, drawn, loss, exclude_known_positives)
             vectors[users] = _newton(objective)
     return vectors
 
 
 class _Objective:
-    """f of a chunk of C users over the S items that matter to it, its gradient and its Hessian.
+    """f of a chunk of C users, with its gradient and Hessian, over the items that matter to it, by tiles.
 
     Attributes:
-        items: (S, D): the vectors.
+        items: (S, D): the vectors of the items that may be drawn or that one of the users touched.
         bias: (S,).
-        pull: (C, S): the weight of softplus(-x); 1 / n at the user's items.
-        push: (C, S): the weight of softplus(x); N / |F| at the items that may be drawn.
-        l2: of the user vector.
+        drawn: (S,), bool: which may be drawn.
+        row: (nnz,): the user, from 0 to C - 1, of each touched item, sorted by
+        place: (nnz,): the item, from 0 to S - 1.
+        degrees: (C, 1): n.
+        negatives_each: (C, 1): N / |F|, the weight of an item that may be drawn.
     """
 
-    def __init__(self, items: Tensor, bias: Tensor, pull: Tensor, push: Tensor, l2: float) -> None:
-        self.items, self.bias, self.pull, self.push, self.l2 = items, bias, pull, push, l2
-        self._upper = torch.triu_indices(items.shape[1], items.shape[1], device=items.device)
-
-    @staticmethod
-    def of(
+    def __init__(
+        self,
         touched: KnownPositives,
         users: Tensor,
         item_vectors: Tensor,
@@ -103,77 +99,90 @@ class _Objective:
         drawn: Tensor,
         loss: LossSettings,
         exclude: bool,
-    ) -> _Objective:
-        """The objective of some of the users; (I,) bool ``drawn`` says which items stand for all."""
+    ) -> None:
         degrees = touched.degrees[users]
         row = torch.repeat_interleave(degrees)
         begins = touched.indptr[users] - (degrees.cumsum(0) - degrees)
         item = touched.items[begins[row] + torch.arange(len(row), device=users.device)].long()
         there = drawn.clone()
         there[item] = True
-        place = there.cumsum(0) - 1
-        mine = torch.zeros((len(users), int(there.sum())), dtype=torch.bool, device=users.device)
-        mine[row, place[item]] = True
-        push = (drawn[there] & ~mine if exclude else drawn[there].expand_as(mine)).float()
-        push *= loss.num_negatives / push.sum(1, keepdim=True).clamp(min=1)
-        return _Objective(
-            item_vectors[there], bias[there], mine / degrees[:, None], push, max(loss.l2, _LEAST_L2)
-        )
+        place, order = (there.cumsum(0) - 1)[item].sort(stable=True)
+        self.items, self.bias, self.drawn = item_vectors[there], bias[there], drawn[there]
+        self.row, self.place = row[order], place
+        self.degrees = degrees[:, None].float()
+        self.exclude, self.l2 = exclude, max(loss.l2, _LEAST_L2)
+        free = self.drawn.sum().expand(len(users), 1).float()
+        if exclude:
+            mine = torch.zeros((len(users), 1), device=users.device)
+            free = free - mine.index_add_(0, self.row, self.drawn[self.place].float()[:, None])
+        self.negatives_each = loss.num_negatives / free.clamp(min=1)
+        dim = item_vectors.shape[1]
+        self._upper = torch.triu_indices(dim, dim, device=users.device)
+        self._tile = max(1, _TILE_BYTES // (4 * max(len(users), dim * (dim + 1) // 2)))
 
-    def logits(self, vectors: Tensor) -> Tensor:
-        """x: (C, S)."""
-        return torch.addmm(self.bias, vectors, self.items.T)
-
-    def value(self, vectors: Tensor, logits: Tensor) -> Tensor:
-        """F: (C,)."""
-        # softplus(-x) = softplus(x) - x
-        loss = (self.pull + self.push) * softplus(logits) - self.pull * logits
-        return loss.sum(1) + self.l2 * vectors.square().sum(1)
-
-    def step(self, vectors: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Newton's step (C, D), to be taken away from the vectors, and its slope (C,), not negative."""
-        weight = self.pull + self.push
-        probability = logits.sigmoid()
-        gradient = (weight * probability - self.pull) @ self.items + 2 * self.l2 * vectors
-        hessian = self._hessian(weight * probability * (1 - probability))
-        step = torch.linalg.solve(hessian, gradient)
-        return step, (step * gradient).sum(1)
-
-    def _hessian(self, curvature: Tensor) -> Tensor:
-        """``sum_j curvature_j v_j v_j^T + 2 l2``: (C, D, D)."""
-        dim = self.items.shape[1]
+    def __call__(self, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The value f (C,), its gradient (C, D) and its Hessian (C, D, D) at the vectors (C, D)."""
+        num_users, dim = vectors.shape
+        value = self.l2 * vectors.square().sum(1)
+        gradient = 2 * self.l2 * vectors
+        packed = torch.zeros((num_users, dim * (dim + 1) // 2), device=vectors.device)
+        for begin in range(0, len(self.items), self._tile):
+            tile = slice(begin, begin + self._tile)
+            items = self.items[tile]
+            pull, push = self._weights(tile)  # of softplus(-x) and of softplus(x): [C, T]
+            logits = torch.addmm(self.bias[tile], vectors, items.T)
+            weight = pull + push
+            # softplus(-x) = softplus(x) - x
+            value += (weight * softplus(logits) - pull * logits).sum(1)
+            probability = logits.sigmoid()
+            gradient.addmm_(weight * probability - pull, items)
+            packed.addmm_(weight * probability * (1 - probability), _upper_products(items))
+        hessian = torch.empty((num_users, dim, dim), device=vectors.device)
         first, second = self._upper
-        packed = torch.zeros((len(curvature), len(first)), device=curvature.device)
-        tile = max(1, _CHUNK_BYTES // (4 * len(first)))
-        for begin in range(0, len(self.items), tile):
-            items = self.items[begin : begin + tile]
-            packed.addmm_(curvature[:, begin : begin + tile], items[:, first] * items[:, second])
-        hessian = torch.empty((len(curvature), dim, dim), device=curvature.device)
         hessian[:, first, second] = packed
         hessian[:, second, first] = packed
         hessian.diagonal(dim1=1, dim2=2).add_(2 * self.l2)
-        return hessian
+        return value, gradient, hessian
+
+    def _weights(self, tile: slice) -> tuple[Tensor, Tensor]:
+        """What the items of a tile weigh for each user, as touched and as drawn: (C, T) each."""
+        bounds = torch.tensor([tile.start, tile.stop], device=self.place.device)
+        low, high = torch.searchsorted(self.place, bounds).tolist()
+        drawn = self.drawn[tile].float()
+        mine = torch.zeros((len(self.degrees), len(drawn)), device=drawn.device)
+        mine[self.row[low:high], self.place[low:high] - tile.start] = 1
+        pull = mine / self.degrees
+        return pull, self.negatives_each * (drawn * (1 - mine) if self.exclude else drawn)
+
+
+def _upper_products(items: Tensor) -> Tensor:
+    """``v_a v_b`` for all a <= b, by rows of the upper triangle: (T, D (D + 1) / 2)."""
+    dim = items.shape[1]
+    products = torch.empty((len(items), dim * (dim + 1) // 2), device=items.device)
+    begin = 0
+    for a in range(dim):
+        torch.mul(items[:, a:], items[:, a : a + 1], out=products[:, begin : begin + dim - a])
+        begin += dim - a
+    return products
 
 
 def _newton(objective: _Objective) -> Tensor:
     """The minimum of each user's f: (C, D)."""
-    num_users, dim = len(objective.pull), objective.items.shape[1]
-    vectors = torch.zeros((num_users, dim), device=objective.items.device)
-    logits = objective.logits(vectors)
-    value = objective.value(vectors, logits)
+    vectors = torch.zeros((len(objective.degrees), objective.items.shape[1]), device=objective.items.device)
+    value, gradient, hessian = objective(vectors)
     for _ in range(_MOST_STEPS):
-        step, slope = objective.step(vectors, logits)
+        step = torch.linalg.solve(hessian, gradient)
+        slope = (step * gradient).sum(1)
         size = torch.ones_like(value)
         for _ in range(_MOST_HALVINGS):
             moved = vectors - size[:, None] * step
-            moved_logits = objective.logits(moved)
-            moved_value = objective.value(moved, moved_logits)
+            moved_value, gradient, hessian = objective(moved)
             # Below rounding a step that changes nothing is as good as any.
             too_far = moved_value > value - 0.25 * size * slope + 1e-6 * value.abs()
             if not too_far.any():
                 break
             size = torch.where(too_far, size / 2, size)
-        vectors, logits, value = moved, moved_logits, moved_value
+        vectors, value = moved, moved_value
         if float((step.norm(dim=1) / (1 + vectors.norm(dim=1))).max()) < _TOLERANCE:
             break
     return vectors
