@@ -74,10 +74,10 @@ def random_seen(generator, num_users, num_items, share):
     spread=st.integers(1, 4),
     seen_share=st.sampled_from([0.0, 0.3, 0.9, 1.0]),
     bias=st.booleans(),
-    chunk_bytes=st.sampled_from([1, 700, 3000, 2**20]),
+    memory_budget_bytes=st.sampled_from([1, 700, 3000, 2**20]),
 )
 def test_equals_the_oracle_with_planted_ties(
-    *, seed, num_users, num_items, dim, k, spread, seen_share, bias, chunk_bytes
+    *, seed, num_users, num_items, dim, k, spread, seen_share, bias, memory_budget_bytes
 ):
     generator = np.random.default_rng(seed)
     users = padded(integers(generator, -spread, spread + 1, num_users, dim), dim + 3)
@@ -87,7 +87,13 @@ def test_equals_the_oracle_with_planted_ties(
     rows = torch.from_numpy(generator.integers(0, 6, num_users).astype(np.int32))
 
     result = top_k(
-        users, items, k=k, item_bias=item_bias, seen=seen, seen_users=rows, chunk_bytes=chunk_bytes
+        users,
+        items,
+        k=k,
+        item_bias=item_bias,
+        seen=seen,
+        seen_users=rows,
+        memory_budget_bytes=memory_budget_bytes,
     )
 
     assert_equal(result, oracle(users, items, k, item_bias=item_bias, seen=seen, seen_users=rows))
@@ -120,7 +126,9 @@ def test_seen_on_a_large_case(device):
     bias = integers(generator, -3, 4, 1009).to(device)
     seen = random_seen(generator, 400, 1009, 0.1).to(device)
     rows = torch.from_numpy(generator.integers(0, 400, 257)).to(device)
-    result = top_k(users, items, k=10, item_bias=bias, seen=seen, seen_users=rows, chunk_bytes=200_000)
+    result = top_k(
+        users, items, k=10, item_bias=bias, seen=seen, seen_users=rows, memory_budget_bytes=200_000
+    )
     assert_equal(result, oracle(users, items, 10, item_bias=bias, seen=seen, seen_users=rows))
 
 
@@ -175,7 +183,7 @@ def test_scores_are_those_of_a_plain_matmul():
     users = torch.randn(67, 64, generator=generator)
     items = torch.randn(311, 64, generator=generator)
     bias = torch.randn(311, generator=generator)
-    result = top_k(users, items, k=11, item_bias=bias, chunk_bytes=50_000)
+    result = top_k(users, items, k=11, item_bias=bias, memory_budget_bytes=50_000)
     exact = users.double() @ items.double().T + bias
     torch.testing.assert_close(result.scores.double(), exact.topk(11).values, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(
@@ -202,11 +210,18 @@ def test_memory_is_bounded_by_the_chunk_also_where_every_row_is_tied():
     num_users, num_items = 500, 400
     users, items = torch.ones(num_users, 1), torch.ones(num_items, 1)
     seen = random_seen(np.random.default_rng(0), num_users, num_items, 0.05)
-    chunk_bytes = 64_000  # ten rows of scores; all of them would be 800 kB
+    memory_budget_bytes = 64_000  # ten rows of scores; all of them would be 800 kB
     with LargestTensor() as largest:
-        top_k(users, items, k=5, seen=seen, seen_users=torch.arange(num_users), chunk_bytes=chunk_bytes)
+        top_k(
+            users,
+            items,
+            k=5,
+            seen=seen,
+            seen_users=torch.arange(num_users),
+            memory_budget_bytes=memory_budget_bytes,
+        )
     # The pairs of seen, which are the caller's, and the result, R x K, are allowed beside the chunk.
-    assert largest.num_bytes <= max(chunk_bytes, 8 * len(seen.indptr), 4 * len(seen.items))
+    assert largest.num_bytes <= max(memory_budget_bytes, 8 * len(seen.indptr), 4 * len(seen.items))
 
 
 ONE_SEEN = KnownPositives.from_pairs(torch.tensor([0]), torch.tensor([1]), 2, 4)
@@ -216,7 +231,7 @@ ONE_SEEN = KnownPositives.from_pairs(torch.tensor([0]), torch.tensor([1]), 2, 4)
     ("changes", "message"),
     [
         ({"k": 0}, "k is 0"),
-        ({"chunk_bytes": 0}, "chunk_bytes is 0"),
+        ({"memory_budget_bytes": 0}, "memory_budget_bytes is 0"),
         ({"user_vectors": torch.tensor([[1.0, torch.nan]])}, "user_vectors hold NaN or infinity"),
         ({"item_vectors": torch.full((4, 2), -torch.inf)}, "item_vectors hold NaN or infinity"),
         ({"item_bias": torch.tensor([0.0, 0.0, torch.nan, 0.0])}, "item_bias hold NaN or infinity"),

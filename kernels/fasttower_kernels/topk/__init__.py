@@ -7,15 +7,18 @@ import math
 import torch
 from torch import Tensor
 
+from fasttower_kernels.backends import Backend, choose_backend
 from fasttower_kernels.errors import FastTowerError
 from fasttower_kernels.known_positives import KnownPositives
 from fasttower_kernels.topk.reference import TopK, top_k_torch
+from fasttower_kernels.topk.tiles import Catalogue
 
 __all__ = ["TopK", "top_k"]
 
-DEFAULT_CHUNK_BYTES = 64 * 2**20
+_CPU_BUDGET_BYTES = 256 << 20
 
 
+@torch.no_grad()
 def top_k(
     user_vectors: Tensor,
     item_vectors: Tensor,
@@ -26,15 +29,22 @@ def top_k(
     seen_users: Tensor | None = None,
     candidates: Tensor | None = None,
     memory_budget_bytes: int | None = None,
+    backend: Backend = "auto",
 ) -> TopK:
     """The K items with the highest scores for each user, best first, seen items left out.
 
-    Replaces ``(user_vectors @ item_vectors.T + item_bias).masked_fill(seen, -inf).topk(k)``, which holds
-    users x items scores; here they exist for one chunk of users at a time.
+    Replaces ``(user_vectors @ item_vectors.T + item_bias).masked_fill(seen | ~candidates, -inf).topk(k)``,
+    which holds users x items scores; here they exist for a tile of some users and some items at a time.
 
-    Equal scores are ordered by the smaller item index, also at the boundary between the K-th and the next.
-    A user with fewer than K unseen items, or a catalogue smaller than K, gets fewer items: the slots left
-    over hold item -1 and score -inf. Which users share a chunk matters to the matmul's rounding at most.
+    Equal scores are ordered by the smaller item index, also at the boundary between the K-th and the next;
+    0.0 and -0.0 are equal. A user with fewer than K items left gets fewer: the slots left over hold item -1
+    and score -inf.
+
+    Where scores are exact, as those of small integers are, the result is the same bit for bit whatever the
+    backend, budget and number of threads. Otherwise the matmul's rounding decides between scores that differ
+    in their last bits. Backend numba gives MKL no shape for which it is known to round otherwise, so that
+    with MKL the result depends neither on the budget nor on the number of threads, nor on which other users
+    are asked for; other matmuls promise less.
 
     Args:
         user_vectors: (R, D), float32; rows may be strided (a view of padded storage).
@@ -44,39 +54,81 @@ def top_k(
         seen: items to leave out, (U rows, I items); None leaves nothing out.
         seen_users: (R,), int32 or int64, 0 <= index < U: the row of `seen` for each user vector; needed with
             `seen` and not read without.
-        chunk_bytes: bound on the memory that scores take, in bytes; one user at a time is the least.
+        candidates: (I,), bool: the only items that may be given; None for all. Where they are few, only
+            they are scored.
+        memory_budget_bytes: bound on what is allocated beyond the arguments and the result, in bytes; None
+            for a quarter of what is free on a GPU and 256 MiB elsewhere, of which backend numba takes 2 MiB
+            a thread and no more unless candidates are gathered. Below some 100 kB (numba: 16 users and 256
+            items at a time) it is the least that is possible. What the matmul library keeps for itself is
+            not in it.
+        backend: numba on a CPU, torch everywhere; there is none in Triton.
 
     Returns:
         Without gradients, items (R, K) int32 and their scores (R, K) float32, on the vectors' device.
 
     Raises:
-        FastTowerError: shapes, types or devices that do not fit, an index out of range, or vectors that are
-            not finite (or so large that scores would not be).
+        FastTowerError: shapes, types or devices that do not fit, an index out of range, vectors that are
+            not finite (or so large that scores would not be), or a backend that cannot run here.
     """
-    chunk_bytes = DEFAULT_CHUNK_BYTES if memory_budget_bytes is None else memory_budget_bytes
-    _check_numbers(k, chunk_bytes)
+    _check_numbers(k, memory_budget_bytes)
     _check_vectors(user_vectors, item_vectors, item_bias)
     if seen is not None:
         _check_seen(seen, seen_users, user_vectors, len(item_vectors))
     if candidates is not None:
-        bias = torch.zeros(len(item_vectors), device=item_vectors.device) if item_bias is None else item_bias
-        item_bias = bias.masked_fill(~candidates, -torch.inf)
-    return top_k_torch(
-        user_vectors,
-        item_vectors,
+        _check_candidates(candidates, item_vectors)
+    device = user_vectors.device
+    budget = _default_budget(device) if memory_budget_bytes is None else memory_budget_bytes
+    catalogue = Catalogue.of(
+        item_vectors.detach(), None if item_bias is None else item_bias.detach(), candidates, budget
+    )
+    if _choose_backend(backend, device) == "numba":
+        from fasttower_kernels.topk.numba_cpu import top_k_numba as run  # noqa: PLC0415 - numba is optional
+    else:
+        run = top_k_torch
+    return run(
+        user_vectors.detach(),
+        catalogue,
         k=k,
-        item_bias=item_bias,
         seen=seen,
         seen_users=seen_users,
-        chunk_bytes=chunk_bytes,
+        budget_bytes=budget - catalogue.index_bytes,
     )
 
 
-def _check_numbers(k: int, chunk_bytes: int) -> None:
+def _choose_backend(backend: Backend, device: torch.device) -> str:
+    if backend == "triton":
+        raise FastTowerError("backend is triton, in which there is no top-K; choose auto, torch or numba.")
+    name, _ = choose_backend(backend, device)
+    return "torch" if name == "triton" else name
+
+
+def _default_budget(device: torch.device) -> int:
+    if device.type != "cuda":
+        return _CPU_BUDGET_BYTES
+    free, _ = torch.cuda.mem_get_info(device)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return (free + unused) // 4
+
+
+def _check_numbers(k: int, memory_budget_bytes: int | None) -> None:
     if k < 1:
         raise FastTowerError(f"k is {k}; ask for at least 1 item a user")
-    if chunk_bytes < 1:
-        raise FastTowerError(f"chunk_bytes is {chunk_bytes}; give a positive number of bytes")
+    if memory_budget_bytes is not None and memory_budget_bytes < 1:
+        raise FastTowerError(
+            f"memory_budget_bytes is {memory_budget_bytes}; give a positive number of bytes, or None"
+        )
+
+
+def _check_candidates(candidates: Tensor, item_vectors: Tensor) -> None:
+    if candidates.dtype != torch.bool or candidates.shape != item_vectors.shape[:1]:
+        raise FastTowerError(
+            f"candidates are {candidates.dtype} of shape {tuple(candidates.shape)}; "
+            f"expected bool of shape ({len(item_vectors)},)"
+        )
+    if candidates.device != item_vectors.device:
+        raise FastTowerError(
+            f"candidates are on {candidates.device}, item_vectors on {item_vectors.device}; use one device"
+        )
 
 
 def _check_vectors(user_vectors: Tensor, item_vectors: Tensor, item_bias: Tensor | None) -> None:

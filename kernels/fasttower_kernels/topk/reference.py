@@ -1,4 +1,4 @@
-"""Top-K by chunked matmul and ``torch.topk``, with ties broken by the smaller item index, exactly."""
+"""Top-K by tiled matmul and ``torch.topk``, with ties broken by the smaller item index, exactly."""
 
 from __future__ import annotations
 
@@ -8,9 +8,16 @@ import torch
 from torch import Tensor
 
 from fasttower_kernels.known_positives import KnownPositives
+from fasttower_kernels.topk.tiles import Catalogue, Tile
 
-# One score of a chunk is 4 bytes; mending a tied row needs a copy, a running count and three masks beside it.
-BYTES_PER_SCORE = 16
+# One score of a tile is 4 bytes; mending a tied row needs a copy, a running count and three masks beside it.
+_BYTES_PER_SCORE = 16
+# The K best of the tile and those so far, as scores and items, before and after they are sorted together.
+_BYTES_PER_BEST = 64
+# Leaving out one seen item takes its number, its row, its column, and which of those are in the tile.
+_BYTES_PER_SEEN = 48
+_MOST_COLUMNS = 1 << 16
+_FEWEST_COLUMNS = 16
 
 
 class TopK(NamedTuple):
@@ -21,75 +28,103 @@ class TopK(NamedTuple):
     scores: Tensor
     """(R, K), float32: the items' scores, never increasing along a row; -inf where the item is -1."""
 
+    @staticmethod
+    def empty(num_users: int, k: int, device: torch.device) -> TopK:
+        """Nothing found yet."""
+        return TopK(
+            torch.full((num_users, k), -1, dtype=torch.int32, device=device),
+            torch.full((num_users, k), -torch.inf, dtype=torch.float32, device=device),
+        )
 
-@torch.no_grad()
+
 def top_k_torch(
     user_vectors: Tensor,
-    item_vectors: Tensor,
+    catalogue: Catalogue,
     *,
     k: int,
-    item_bias: Tensor | None,
     seen: KnownPositives | None,
     seen_users: Tensor | None,
-    chunk_bytes: int,
+    budget_bytes: int,
 ) -> TopK:
-    """Plain torch; see `fasttower_kernels.topk.top_k`, which checks the arguments."""
-    num_users, num_items = len(user_vectors), len(item_vectors)
-    device = user_vectors.device
-    items = torch.full((num_users, k), -1, dtype=torch.int32, device=device)
-    scores = torch.full((num_users, k), -torch.inf, dtype=torch.float32, device=device)
-    if num_users == 0 or num_items == 0:
-        return TopK(items, scores)
+    """Plain torch on any device; see `fasttower_kernels.topk.top_k`, which checks the arguments.
 
-    rows_per_chunk = min(num_users, max(1, chunk_bytes // (BYTES_PER_SCORE * num_items)))
-    buffer = torch.empty((rows_per_chunk, num_items), dtype=torch.float32, device=device)
-    for start in range(0, num_users, rows_per_chunk):
-        stop = min(start + rows_per_chunk, num_users)
-        chunk = buffer[: stop - start]  # [C, I]
-        if item_bias is None:
-            torch.mm(user_vectors[start:stop], item_vectors.T, out=chunk)
-        else:
-            torch.addmm(item_bias, user_vectors[start:stop], item_vectors.T, out=chunk)
-        if seen is not None and seen_users is not None:
-            _leave_out_seen(chunk, seen, seen_users[start:stop])
-        best, best_scores = _best_of_chunk(chunk, min(k, num_items))
-        items[start:stop, : best.shape[1]] = best
-        scores[start:stop, : best.shape[1]] = best_scores
-    return TopK(items, scores)
+    The K best of a tile of items join the K best of the tiles before it.
+    """
+    found = TopK.empty(len(user_vectors), k, user_vectors.device)
+    rows, columns = _tile_shape(len(catalogue), k, budget_bytes)
+    for begin in range(0, len(user_vectors), rows):
+        some = slice(begin, begin + rows)
+        users = user_vectors[some]
+        best = TopK(found.items[some], found.scores[some])
+        for first in range(0, len(catalogue), columns):
+            tile = catalogue.tile(first, first + columns)
+            scores = torch.mm(users, tile.vectors.T)  # [C, W]
+            if tile.bias is not None:
+                scores += tile.bias
+            if seen is not None and seen_users is not None:
+                most = max(1, scores.numel() * _BYTES_PER_SCORE // (2 * _BYTES_PER_SEEN))
+                _leave_out_seen(scores, tile, seen, seen_users[some], most)
+            _join(best, tile, *_best_of_tile(scores, min(k, scores.shape[1])))
+    return found
 
 
-def _leave_out_seen(chunk: Tensor, seen: KnownPositives, rows: Tensor) -> None:
-    """Set the scores of each user's seen items to -inf, all CSR rows of the chunk at once."""
-    begin = seen.indptr[rows]  # [C]
-    degree = seen.indptr[rows + 1] - begin
+def _tile_shape(num_columns: int, k: int, budget_bytes: int) -> tuple[int, int]:
+    """Users and items of a tile, which takes half the budget for one user at most while that is possible."""
+    columns = min(num_columns, _MOST_COLUMNS, max(_FEWEST_COLUMNS, budget_bytes // (2 * _BYTES_PER_SCORE)))
+    return max(1, budget_bytes // (_BYTES_PER_SCORE * columns + _BYTES_PER_BEST * k)), max(1, columns)
+
+
+def _leave_out_seen(scores: Tensor, tile: Tile, seen: KnownPositives, users: Tensor, most: int) -> None:
+    """Set the scores of each user's seen items to -inf; so many seen items at most are looked at together."""
+    begin = seen.indptr[users]  # [C]
+    degree = seen.indptr[users + 1] - begin
     end = degree.cumsum(0)
-    row = torch.repeat_interleave(degree)  # [nnz of the chunk]: 0 degree[0] times, 1 degree[1] times, ...
-    entry = torch.arange(len(row), device=chunk.device) + (begin - end + degree)[row]
-    chunk[row, seen.items[entry].long()] = -torch.inf
+    shift = begin - end + degree  # from the number of an entry among those of all users to its place
+    total = int(end[-1])
+    width = len(tile.vectors)
+    for first in range(0, total, most):
+        entry = torch.arange(first, min(first + most, total), device=scores.device)
+        row = torch.searchsorted(end, entry, right=True)
+        item = seen.items[entry + shift[row]].long()
+        if tile.item_index is None:
+            column = item - tile.first
+            inside = (column >= 0) & (column < width)
+        else:
+            column = torch.searchsorted(tile.item_index, item).clamp_(max=width - 1)
+            inside = tile.item_index[column] == item
+        scores[row[inside], column[inside]] = -torch.inf
 
 
-def _best_of_chunk(chunk: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _best_of_tile(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k best columns of each row and their scores, by (score descending, column ascending)."""
     # One candidate more than asked for shows whether a tie crosses the boundary.
-    candidates, columns = torch.topk(chunk, min(k + 1, chunk.shape[1]))
+    candidates, columns = torch.topk(scores, min(k + 1, scores.shape[1]))
     kth = candidates[:, k - 1]
     columns = columns[:, :k]
     if candidates.shape[1] > k:
         tied = (kth == candidates[:, k]).nonzero().squeeze(1)
         if len(tied):
-            columns[tied] = _mend(chunk[tied], kth[tied, None], k)
+            columns[tied] = _mend(scores[tied], kth[tied, None], k)
 
     columns = columns.sort(dim=1).values
     # Adding 0.0 makes -0.0 the same key as 0.0 for sorts that compare bits.
-    scores, order = (chunk.gather(1, columns) + 0.0).sort(dim=1, descending=True, stable=True)
-    items = columns.gather(1, order).int()
-    return items.masked_fill_(scores == -torch.inf, -1), scores
+    best, order = (scores.gather(1, columns) + 0.0).sort(dim=1, descending=True, stable=True)
+    return columns.gather(1, order), best
 
 
-def _mend(chunk: Tensor, kth: Tensor, k: int) -> Tensor:
+def _mend(scores: Tensor, kth: Tensor, k: int) -> Tensor:
     """Columns above the k-th score and, to fill up to k, the first of those that equal it; (C, k)."""
-    above = chunk > kth
-    level = chunk == kth
+    above = scores > kth
+    level = scores == kth
     places_left = k - above.sum(dim=1, keepdim=True, dtype=torch.int32)
     chosen = above.logical_or_(level.logical_and_(level.cumsum(1, dtype=torch.int32) <= places_left))
     return chosen.nonzero()[:, 1].view(-1, k)
+
+
+def _join(best: TopK, tile: Tile, columns: Tensor, scores: Tensor) -> None:
+    """Keep the K best of those so far, whose items are the smaller ones, and those of the tile."""
+    items = tile.items(columns).masked_fill_(scores == -torch.inf, -1)
+    joined, order = torch.cat([best.scores, scores], dim=1).sort(dim=1, descending=True, stable=True)
+    k = best.scores.shape[1]
+    best.scores.copy_(joined[:, :k])
+    best.items.copy_(torch.cat([best.items, items], dim=1).gather(1, order[:, :k]))

@@ -1,0 +1,164 @@
+"""Top-K on the CPU: matmuls into tiles that stay in the cache, and a scan of each tile.
+
+Threads share out the users. A worker multiplies, with torch's matmul on its one thread, and scans its own
+tiles, so that workers wait for nobody and a tile stays in the cache of the core that made it.
+"""
+
+from __future__ import annotations
+
+import math
+from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812 - its usual name
+from torch import Tensor
+
+from fasttower_kernels.compiled import Array, empty
+from fasttower_kernels.known_positives import KnownPositives
+from fasttower_kernels.topk.reference import TopK
+from fasttower_kernels.topk.scan_numba_cpu import BLOCK, scan_tile, sort_heaps
+from fasttower_kernels.topk.tiles import Catalogue, Tile
+
+_ROWS, _COLUMNS = 512, 1024
+"""Of a tile, where memory and the number of users allow: 2 MiB, measured."""
+
+_LEAST = 16
+"""Rows and columns of a matmul at least: with fewer, MKL takes other ways, which round otherwise."""
+
+
+class _Shape(NamedTuple):
+    """Of a worker's tiles: users and items, and the memory that goes with them."""
+
+    rows: int
+    columns: int
+    num_bytes: int
+
+
+def _shape(num_users: int, catalogue: Catalogue, threads: int, budget_bytes: int) -> _Shape:
+    """The measured best, but a part for every thread, and smaller where the budget is."""
+    dim = catalogue.vectors.shape[1]
+    gathered = catalogue.index is not None
+
+    def num_bytes(rows: int, columns: int) -> int:
+        # Of a row two cursors, of a column its bias twice and its mask, and of a gathered one its vector.
+        return 4 * rows * columns + 32 * rows + (16 + 4 * dim * gathered) * columns + 4 * 2 * _LEAST * dim
+
+    rows = max(_LEAST, min(_ROWS, math.ceil(num_users / threads)))
+    needed = BLOCK * math.ceil(len(catalogue) / BLOCK)
+    columns = min(needed, _ROWS * _COLUMNS // rows // BLOCK * BLOCK)
+    while num_bytes(rows, columns) > budget_bytes and (rows, columns) != (_LEAST, BLOCK):
+        if columns > max(rows, BLOCK) or rows == _LEAST:
+            columns = max(BLOCK, columns // 2 // BLOCK * BLOCK)
+        else:
+            rows = max(_LEAST, rows // 2)
+    return _Shape(rows, columns, num_bytes(rows, columns))
+
+
+class _Worker:
+    """Buffers of one thread, and what it does with them."""
+
+    def __init__(self, shape: _Shape) -> None:
+        self._stride = shape.columns
+        self._tile = torch.empty((shape.rows, shape.columns), dtype=torch.float32)
+        self._bias = torch.zeros(shape.columns, dtype=torch.float32)
+
+    def run(
+        self,
+        users: Tensor,
+        catalogue: Catalogue,
+        seen: KnownPositives | None,
+        rows: Tensor | None,
+        best: TopK,
+    ) -> None:
+        """All items for some users; ``best`` (C, K) has nothing yet."""
+        items, scores = best.items.numpy(), best.scores.numpy()
+        if seen is None or rows is None:
+            cursors = ends = np.zeros(len(users), dtype=np.int64)
+            seen_items = empty(np.int32)
+        else:
+            cursors, ends = seen.indptr[rows].numpy(), seen.indptr[rows + 1].numpy()
+            seen_items = seen.items.numpy()
+        users = _at_least(users)
+        for begin in range(0, len(catalogue), self._stride):
+            tile = catalogue.tile(begin, begin + self._stride)
+            vectors = _at_least(tile.vectors)
+            torch.mm(users, vectors.T, out=self._tile[: len(users), : len(vectors)])
+            self._scan(tile, cursors, ends, seen_items, items, scores)
+        sort_heaps()(items, scores)
+
+    def _scan(
+        self, tile: Tile, cursors: Array, ends: Array, seen_items: Array, items: Array, scores: Array
+    ) -> None:
+        width = len(tile.vectors)
+        if tile.bias is not None:
+            self._bias[:width] = tile.bias
+        scan_tile(tile.bias is not None, tile.item_index is not None)(
+            self._tile.view(-1).numpy(),
+            self._stride,
+            width,
+            self._bias.numpy(),
+            tile.first,
+            empty(np.int64) if tile.item_index is None else tile.item_index.numpy(),
+            cursors,
+            ends,
+            seen_items,
+            items,
+            scores,
+        )
+
+
+def _at_least(vectors: Tensor) -> Tensor:
+    """The vectors, with zeros after them where they are fewer than a matmul should have."""
+    missing = _LEAST - len(vectors)
+    return F.pad(vectors, (0, 0, 0, missing)) if missing > 0 else vectors
+
+
+def top_k_numba(
+    user_vectors: Tensor,
+    catalogue: Catalogue,
+    *,
+    k: int,
+    seen: KnownPositives | None,
+    seen_users: Tensor | None,
+    budget_bytes: int,
+) -> TopK:
+    """On as many threads as torch has; see `fasttower_kernels.topk.top_k`, which checks the arguments."""
+    found = TopK.empty(len(user_vectors), k, user_vectors.device)
+    if not found.items.numel() or not len(catalogue):
+        return found
+    allowed = torch.get_num_threads()
+    shape = _shape(len(user_vectors), catalogue, allowed, budget_bytes)
+    starts = range(0, len(user_vectors), shape.rows)
+    threads = max(1, min(allowed, len(starts), budget_bytes // shape.num_bytes))
+    idle: SimpleQueue[_Worker] = SimpleQueue()
+    for _ in range(threads):
+        idle.put(_Worker(shape))
+
+    def run(start: int) -> None:
+        some = slice(start, start + shape.rows)
+        worker = idle.get()
+        worker.run(
+            user_vectors[some],
+            catalogue,
+            seen,
+            None if seen_users is None else seen_users[some],
+            TopK(found.items[some], found.scores[some]),
+        )
+        idle.put(worker)
+
+    # What is set here is this thread's number and that of threads which start later.
+    torch.set_num_threads(1)
+    try:
+        if threads == 1:
+            for start in starts:
+                run(start)
+        else:
+            with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                for _ in pool.map(run, starts):
+                    pass
+    finally:
+        torch.set_num_threads(allowed)
+    return found
