@@ -40,6 +40,11 @@ def _why_not(name: str) -> str:
     return f"torch {torch.__version__} (CUDA {torch.version.cuda}) finds no usable GPU"
 
 
+def cpu_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @contextlib.contextmanager
 def cpu_threads(threads: int | None) -> Iterator[int]:
     """Use that many CPU threads, or every core, inside the block; yields the number.
@@ -47,7 +52,7 @@ def cpu_threads(threads: int | None) -> Iterator[int]:
     Raises:
         FastTowerError: more threads than this machine has cores.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = cpu_cores()
     if threads is not None and threads > cores:
         raise FastTowerError(f"--threads is {threads}; this machine has {cores} cores.")
     wanted = threads or cores

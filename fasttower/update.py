@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fasttower.data.later_rows import read_later_rows, with_index
-from fasttower.device import cpu_threads
+from fasttower.device import cpu_cores, cpu_threads
 from fasttower.errors import FastTowerError
 from fasttower.retrieval import recommend
 from fasttower.training.extension import extended_model
@@ -46,7 +46,8 @@ def update_run(run: Run, interactions: Any, *, epochs: int, observer: Observer) 
     )
     known = KnownPositives.from_pairs(positives.user_index, positives.item_index, users.height, items.height)
     model = extended_model(run.model, old_users, old_items, positives, users.height, items.height, config, l2)
-    with cpu_threads(None):
+    # The run may have been trained on a machine with more cores.
+    with cpu_threads(config.threads and min(config.threads, cpu_cores())):
         history = train(
             model, positives, known, config, l2=l2, epochs=epochs, phase="update", observer=observer
         )
