@@ -111,14 +111,13 @@ def updating(
     update_s = time.perf_counter() - began
     counts = updated.metrics["updates"][-1]
     print(
-        f"update with {counts['rows']:,} rows, {counts['new_users']:,} new users, {counts['new_items']:,} new"
-        f" items: {update_s:.2f} s; a run on all rows from the start: {whole_s:.2f} s"
+        f"update with {counts['rows']:,} rows, {counts['new_users']:,} new users, {counts['new_items']:,} new "
+        f"items: {update_s:.2f} s; a run on all rows from the start: {whole_s:.2f} s"
     )
     for name, run in (("before", old), ("updated", updated), ("from the start", whole)):
         found = run.evaluate(test)
-        print(
-            f"  {name:15s} NDCG@10 {found.metrics['NDCG@10']:.4f} over the {found.users:,} test users it knows"
-        )
+        ndcg = found.metrics["NDCG@10"]
+        print(f"  {name:15s} NDCG@10 {ndcg:.4f} over the {found.users:,} test users it knows")
 
 
 if __name__ == "__main__":
