@@ -119,6 +119,7 @@ def _compiled(variant: Variant, threaded: bool, sources: int = SOURCES) -> Any:
                         exact,
                         has_l2,
                         True,
+                        False,
                     )
                 else:
                     for table in range(3):
