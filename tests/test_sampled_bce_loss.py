@@ -221,7 +221,7 @@ def fast(users, items, index, **options):
         ({"items": torch.zeros(NUM_ITEMS, 4, dtype=torch.float16)}, "float16"),
         ({"users": torch.zeros(3, 4, dtype=torch.float64)}, "user_vectors is torch.float64|item_vectors is"),
         ({"item_bias": torch.zeros(10)}, r"item_bias has shape \(10,\)"),
-        ({"index": torch.tensor([0, 1])}, r"item_index is torch.int64 of shape \(2,\)"),
+        ({"index": torch.tensor([0, 1])}, r"item_index has shape \(2,\); expected \(3,\)"),
         ({"index": torch.tensor([0.0, 1, 2])}, "item_index is torch.float32"),
         ({"index": torch.tensor([0, 1, 11])}, "item_index goes from 0 to 11; expected 0 to 10"),
         ({"index": torch.tensor([0, -1, 2])}, "item_index goes from -1"),

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from fasttower_kernels.backends import Backend, implementation
+from fasttower_kernels.checks import check_index, check_known_positives, check_step
 from fasttower_kernels.errors import FastTowerError
 from fasttower_kernels.known_positives import KnownPositives
 from fasttower_kernels.philox import Key
@@ -77,21 +78,14 @@ def sampled_bce_loss(
     run = implementation("fasttower_kernels.sampled_bce", backend, user_vectors.device)
     fused = run is not reference
     _check_vectors(user_vectors, item_vectors, item_bias, fused=fused)
-    if not 0 <= step < 2**32:
-        raise FastTowerError(f"step is {step}; expected a whole number from 0 to 2**32 - 1.")
-    num_items = len(item_vectors)
+    check_step(step)
     _check_index("item_index", item_index, len(user_vectors), item_vectors[:, 0])
     if known_positives is None:
         user_index = torch.zeros_like(item_index)
     else:
         if user_index is None:
             raise FastTowerError("known_positives are given without user_index; give the user of each row.")
-        if known_positives.num_items != num_items or known_positives.items.device != item_vectors.device:
-            raise FastTowerError(
-                f"known positives are of {known_positives.num_items} items "
-                f"on {known_positives.items.device}, item_vectors {num_items} on {item_vectors.device}: "
-                f"make them agree."
-            )
+        check_known_positives(known_positives, len(item_vectors), item_vectors.device)
         _check_index("user_index", user_index, len(user_vectors), known_positives.degrees)
     batch = Interactions(user_index.int(), item_index.int())
     if not fused:
@@ -196,16 +190,12 @@ def _check_vectors(
 
 
 def _check_index(name: str, index: Tensor, size: int, column: Tensor) -> None:
-    """Check an index of the rows of ``column``: compiled code does not."""
-    if index.dtype not in (torch.int32, torch.int64) or index.shape != (size,):
-        raise FastTowerError(
-            f"{name} is {index.dtype} of shape {tuple(index.shape)}; expected int32 or int64 of ({size},)."
-        )
+    """Check an index of the rows of ``column``."""
+    if index.shape != (size,):
+        raise FastTowerError(f"{name} has shape {tuple(index.shape)}; expected ({size},).")
     if index.device != column.device:
         raise FastTowerError(f"{name} is on {index.device}, the vectors on {column.device}; use one device.")
     if index.device.type == "cuda":
         column.detach().index_select(0, index)  # asserts the range on the device, and nobody waits
-        return
-    low, high = torch.stack(index.aminmax()).tolist()
-    if low < 0 or high >= len(column):
-        raise FastTowerError(f"{name} goes from {low} to {high}; expected 0 to {len(column) - 1}.")
+    else:
+        check_index(name, index, len(column))

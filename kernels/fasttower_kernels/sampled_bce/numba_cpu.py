@@ -20,13 +20,13 @@ from fasttower_kernels.compiled import (
     Array,
     empty,
     entry_point,
+    flat_arrays,
     float32,
     int32,
     njit,
     uint32,
     uint64,
 )
-from fasttower_kernels.errors import FastTowerError
 from fasttower_kernels.known_positives import KnownPositives
 from fasttower_kernels.membership import known_arrays, membership_of
 from fasttower_kernels.negatives.numba_cpu import TILE, count_free, draw_tile, redraw_touched
@@ -369,22 +369,6 @@ def variant_of(parameters: Tables, known_positives: KnownPositives | None, setti
         known_positives is None or membership_of(known_positives).exact,
         settings.l2 != 0,
     )
-
-
-def flat_arrays(tables: Tables) -> tuple[Array, Array, Array]:
-    """Users (U * P,), items (I * P,) and item bias (I,), empty without one: views.
-
-    Raises:
-        FastTowerError: an array that is not contiguous float32 on the CPU.
-    """
-    for array in tables:
-        if array.dtype != torch.float32 or not array.is_contiguous() or array.device.type != "cpu":
-            raise FastTowerError(
-                f"a table is {array.dtype} on {array.device}, strides {array.stride()}; backend numba takes "
-                f"contiguous float32 on the CPU: choose backend torch."
-            )
-    bias = empty(np.float32) if tables.item_bias is None else tables.item_bias.detach().numpy()
-    return tables.users.detach().numpy().reshape(-1), tables.items.detach().numpy().reshape(-1), bias
 
 
 @lru_cache
