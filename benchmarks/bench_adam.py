@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from fasttower_kernels.adam import adam_step
 from fasttower_kernels.adam.numba_cpu import adam_range, step_scales
-from fasttower_kernels.compiled import uint64
-from fasttower_kernels.sampled_bce.numba_cpu import flat_arrays
+from fasttower_kernels.adam.reference import adam_step
+from fasttower_kernels.compiled import flat_arrays, uint64
 from fasttower_kernels.tables import Tables
 from fasttower_kernels.train_steps import TrainState
 

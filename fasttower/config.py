@@ -106,6 +106,8 @@ class TrainingConfig:
     """Implementation of the training step: auto takes the fastest that the device allows."""
     threads: int | None = None
     """CPU threads; all cores if not given."""
+    deterministic: bool = False
+    """Repeat bit for bit on a GPU too, which is slower; on a CPU runs do, for their number of threads."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""

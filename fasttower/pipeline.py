@@ -14,7 +14,7 @@ import torch
 from fasttower.config import Config
 from fasttower.data.catalog import Progress
 from fasttower.data.preparation import PreparedData, prepare
-from fasttower.device import choose_device, cpu_threads
+from fasttower.device import check_repeatable, choose_device, cpu_threads
 from fasttower.errors import FastTowerError
 from fasttower.evaluation.popularity import most_popular
 from fasttower.evaluation.replay_report import replay_metrics
@@ -84,10 +84,7 @@ def fit(
         config = dataclasses.replace(config, data=type(data).__name__)
     clock = _Clock()
 
-    device, warning = choose_device(config.device, strict=config.strict_device)
-    if warning:
-        observer.on_warning(warning)
-    backend, why = choose_backend(config.backend, device)
+    device, backend, why = _choose_where(config, observer)
     with cpu_threads(config.threads) as threads:
         source = config.data if data is None or isinstance(data, str | Path) else data
         prepared = prepare(source, config, config.seed, observer.download_progress())
@@ -162,6 +159,17 @@ def fit(
         metrics=metrics,
         known_positives=training_data.known_positives,
     )
+
+
+def _choose_where(config: Config, observer: FitObserver) -> tuple[torch.device, str, str]:
+    """The device, the backend, and why it is that one."""
+    device, warning = choose_device(config.device, strict=config.strict_device)
+    if warning:
+        observer.on_warning(warning)
+    backend, why = choose_backend(config.backend, device)
+    if config.deterministic:
+        check_repeatable(backend, device)
+    return device, backend, why
 
 
 def to_training_data(prepared: PreparedData, device: torch.device) -> TrainingData:

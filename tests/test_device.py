@@ -3,9 +3,14 @@
 import pytest
 import torch
 
-from fasttower.device import choose_device, cpu_threads
+from fasttower.config import TrainingConfig
+from fasttower.device import check_repeatable, choose_device, cpu_threads, deterministic_kernels
 from fasttower.errors import FastTowerError
+from fasttower.model import TwoTower
+from fasttower.training import trainer
 from fasttower_kernels.backends import choose_backend
+from fasttower_kernels.known_positives import KnownPositives
+from fasttower_kernels.tables import Interactions
 
 
 @pytest.fixture
@@ -56,3 +61,64 @@ def test_backend_auto_and_torch():
     assert choose_backend("torch", torch.device("cpu"))[0] == "torch"
     assert choose_backend("auto", torch.device("meta"))[0] == "torch"
     assert choose_backend("auto", torch.device("cpu"))[0] == "numba"
+
+
+def modes():
+    return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+@pytest.fixture
+def warn_only():
+    """A mode of torch's own, to be found again."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_deterministic_kernels_leave_torchs_mode_as_it_was(warn_only):
+    for error in (None, ZeroDivisionError):
+        try:
+            with deterministic_kernels("triton", torch.device("cuda")):
+                assert modes() == (True, False)
+                if error:
+                    raise error
+        except ZeroDivisionError:
+            pass
+        assert modes() == (True, True)
+
+
+def test_on_a_cpu_nothing_has_to_be_done():
+    for backend in ("torch", "numba"):
+        with deterministic_kernels(backend, torch.device("cpu")):
+            assert modes() == (False, False)
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_what_does_not_repeat_is_refused(device):
+    with pytest.raises(FastTowerError, match=r"--deterministic .* backend torch .* --backend triton"):
+        check_repeatable("torch", torch.device(device))
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_the_trainer_asks_for_it_in_its_steps_alone(deterministic, monkeypatch):
+    seen = []
+
+    def run_steps(state, interactions, *arguments, **options):
+        seen.append(modes()[0])
+        return torch.zeros(())
+
+    monkeypatch.setattr(trainer, "run_steps", run_steps)
+    monkeypatch.setattr(trainer, "choose_backend", lambda *_: ("triton", "for the test"))
+    index = torch.zeros(3, dtype=torch.int32)
+    config = TrainingConfig(embedding_dim=4, batch_size=2, deterministic=deterministic)
+    known = KnownPositives.from_pairs(index, index, 1, 1)
+    trainer.train(
+        TwoTower(1, 1, 4),
+        Interactions(index, index),
+        known,
+        config,
+        l2=0.0,
+        epochs=2,
+        after_epoch=lambda _: seen.append(modes()[0]),
+    )
+    assert seen == [deterministic, False] * 2

@@ -9,7 +9,8 @@ import torch
 from fasttower.config import TrainingConfig
 from fasttower.model import TwoTower
 from fasttower.training.trainer import train
-from fasttower_kernels.adam import adam_step, catch_up, lazy_adam_step
+from fasttower_kernels.adam import catch_up, lazy_adam_step
+from fasttower_kernels.adam.reference import adam_step
 from fasttower_kernels.errors import FastTowerError
 from fasttower_kernels.known_positives import KnownPositives
 from fasttower_kernels.sampled_bce import LossSettings

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fasttower_kernels.known_positives import KnownPositives
-from fasttower_kernels.negatives import sample_negatives
+from fasttower_kernels.negatives.reference import sample_negatives
 from fasttower_kernels.sampled_bce import LossSettings
 from fasttower_kernels.sampled_bce.reference import bce_sum, train_step
 from fasttower_kernels.tables import Interactions, Tables, padded

@@ -211,6 +211,7 @@ def test_help_lists_every_flag_with_its_help(capsys):
         "--strict-device",
         "--backend",
         "--threads",
+        "--deterministic",
         "--seed",
         "--seeds",
         "--epochs",

@@ -232,6 +232,27 @@ def test_collisions(guarded, deterministic):
     check_gradients(guarded, tables, batch, None, LossSettings(5, 0.1), bound=2e-6)
 
 
+@pytest.mark.usefixtures("large_programs")
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_gathered_users(guarded, deterministic):
+    # Row b of the user table belongs to position b; the user says what is left out alone.
+    torch.use_deterministic_algorithms(deterministic)
+    batch, known, settings = make_batch(33), known_positives(), LossSettings(5, 0.2)
+    tables = make_tables(6, num_users=33)
+    users = tables.users.double().requires_grad_()
+    items = tables.items.double().requires_grad_()
+    oracle = bce_reference.batch_loss(
+        users, items, tables.item_bias.double(), batch, known, settings, key=KEY, step=3
+    )
+    oracle.backward()
+    gradients = guarded.tables(tables.zeros_like(), added_to=True)
+    bce_triton.train_step(
+        guarded.tables(tables), gradients, batch, known, settings, key=KEY, step=3, gathered=True
+    )
+    assert error(gradients.users, users.grad) < 1e-6
+    assert error(gradients.items, items.grad) < 1e-6
+
+
 def test_users_without_free_items_alone():
     # Weight 0 for the whole batch: no loss, no gradient, in either mode.
     tables, known = make_tables(4), known_positives()

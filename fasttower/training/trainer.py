@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from fasttower.config import TrainingConfig
+from fasttower.device import deterministic_kernels
 from fasttower.errors import TrainingError
 from fasttower.model import TwoTower
 from fasttower.training.validation import Validation
+from fasttower_kernels.backends import choose_backend
 from fasttower_kernels.known_positives import KnownPositives
 from fasttower_kernels.sampled_bce import LossSettings
 from fasttower_kernels.tables import Interactions
@@ -111,6 +114,7 @@ def train(
     per_epoch = steps_per_epoch(num_rows, batch_size)
     device = interactions.user_index.device
     tick = per_epoch if device.type == "cuda" else max(1, _TICK_POSITIVES // batch_size)
+    backend, _ = choose_backend(config.backend, device)
 
     records: list[EpochRecord] = []
     began = time.perf_counter()
@@ -118,15 +122,16 @@ def train(
         epoch_began = time.perf_counter()
         bce: float | Tensor = 0.0
         for batch in range(0, per_epoch, tick):
-            bce += run_steps(
-                state,
-                interactions,
-                excluded,
-                settings,
-                first_step=epoch * per_epoch + batch,
-                num_steps=min(tick, per_epoch - batch),
-                backend=config.backend,
-            )
+            with deterministic_kernels(backend, device) if config.deterministic else nullcontext():
+                bce += run_steps(
+                    state,
+                    interactions,
+                    excluded,
+                    settings,
+                    first_step=epoch * per_epoch + batch,
+                    num_steps=min(tick, per_epoch - batch),
+                    backend=config.backend,
+                )
             done = epoch * num_rows + min(num_rows, (batch + tick) * batch_size)
             observer.on_progress(phase, epoch + 1, epochs, done, epochs * num_rows)
             if observer.should_stop() and batch + tick < per_epoch:

@@ -6,7 +6,9 @@ package is there, plain torch everywhere else. An explicit choice that cannot be
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+from types import ModuleType
 from typing import Literal
 
 import torch
@@ -17,6 +19,9 @@ Backend = Literal["auto", "triton", "numba", "torch"]
 
 # The device that a backend runs on, and the package that it needs.
 _NEEDS = {"numba": ("cpu", "numba"), "triton": ("cuda", "triton")}
+
+# The file of an operator that holds a backend.
+_MODULES = {"numba": "numba_cpu", "triton": "triton_gpu", "torch": "reference"}
 
 
 def choose_backend(backend: Backend, device: torch.device) -> tuple[str, str]:
@@ -49,3 +54,18 @@ def choose_backend(backend: Backend, device: torch.device) -> tuple[str, str]:
     if not importlib.util.find_spec(package):
         raise FastTowerError(f"backend {backend} needs the package {package}, which is not installed.")
     return backend, "asked for"
+
+
+def implementation(operator: str, backend: Backend, device: torch.device) -> ModuleType:
+    """The module of an operator that holds a backend, imported when it is first asked for.
+
+    Args:
+        operator: the operator's package.
+        backend: what was asked for.
+        device: where the tensors are.
+
+    Raises:
+        FastTowerError: the backend that was asked for cannot run here.
+    """
+    name, _ = choose_backend(backend, device)
+    return importlib.import_module(f"{operator}.{_MODULES[name]}")

@@ -5,12 +5,26 @@ rows without one cost next to nothing.
 """
 
 import math
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
 from fasttower_kernels.adam.lazy_reference import MOST_REPLAYED
 from fasttower_kernels.adam.reference import BETA_1, BETA_2, EPSILON
-from fasttower_kernels.compiled import FAST, OPTIONS, Array, float32, njit, uint32, uint64
+from fasttower_kernels.compiled import (
+    FAST,
+    OPTIONS,
+    SOURCES,
+    Array,
+    entry_point,
+    flat_arrays,
+    float32,
+    njit,
+    uint32,
+    uint64,
+)
+from fasttower_kernels.tables import Tables
 from fasttower_kernels.vector_rows import (
     add_scaled,
     dot,
@@ -67,6 +81,41 @@ def adam_range(
         moments_2[i] = v
         gradients[i] = float32(0)
         parameters[i] -= step_size * m / (math.sqrt(v) * inverse_root + _EPSILON)
+
+
+@lru_cache
+def _compiled(sources: int = SOURCES) -> Any:
+    def run(
+        parameters: Any, gradients: Any, moments_1: Any, moments_2: Any, step_size: float, inverse_root: float
+    ) -> None:
+        _ = sources
+        for table in range(3):
+            adam_range(
+                parameters[table],
+                gradients[table],
+                moments_1[table],
+                moments_2[table],
+                uint64(0),
+                uint64(len(parameters[table])),
+                step_size,
+                inverse_root,
+            )
+
+    return entry_point(run)
+
+
+def adam_step(
+    parameters: Tables,
+    gradients: Tables,
+    moments_1: Tables,
+    moments_2: Tables,
+    *,
+    count: int,
+    learning_rate: float,
+) -> None:
+    """See the operator's `adam_step`; on one thread."""
+    tables = (parameters, gradients, moments_1, moments_2)
+    _compiled()(*map(flat_arrays, tables), *step_scales(np.array([count]), learning_rate)[0])
 
 
 def step_scales(counts: Array, learning_rate: float) -> Array:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-
-import torch
 from torch import Tensor
 
-from fasttower_kernels.backends import Backend, choose_backend
+from fasttower_kernels.backends import Backend, implementation
 from fasttower_kernels.known_positives import KnownPositives
 from fasttower_kernels.philox import Key
-from fasttower_kernels.sampled_bce import reference
+from fasttower_kernels.sampled_bce.loss import sampled_bce_loss
 from fasttower_kernels.sampled_bce.settings import LossSettings
 from fasttower_kernels.tables import Interactions, Tables
 
-__all__ = ["LossSettings", "bce_sum", "train_step"]
+__all__ = ["LossSettings", "bce_sum", "sampled_bce_loss", "train_step"]
 
 
 def train_step(
@@ -43,7 +40,7 @@ def train_step(
     Returns:
         Scalar, float32 or float64: the sum of the BCE part over the batch's pairs.
     """
-    run = _implementation(backend, parameters.users.device).train_step
+    run = implementation(__name__, backend, parameters.users.device).train_step
     bce: Tensor = run(parameters, gradients, batch, known_positives, settings, key=key, step=step)
     return bce
 
@@ -74,21 +71,8 @@ def bce_sum(
     Returns:
         Scalar, float32 or float64.
     """
-    run = _implementation(backend, parameters.users.device).bce_sum
+    run = implementation(__name__, backend, parameters.users.device).bce_sum
     bce: Tensor = run(
         parameters, batch, known_positives, settings, key=key, step=step, first_position=first_position
     )
     return bce
-
-
-def _implementation(backend: Backend, device: torch.device) -> ModuleType:
-    name, _ = choose_backend(backend, device)
-    if name == "numba":
-        from fasttower_kernels.sampled_bce import numba_cpu  # noqa: PLC0415 - numba is optional
-
-        return numba_cpu
-    if name == "triton":
-        from fasttower_kernels.sampled_bce import triton_gpu  # noqa: PLC0415 - Triton is optional
-
-        return triton_gpu
-    return reference

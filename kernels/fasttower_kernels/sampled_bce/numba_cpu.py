@@ -20,13 +20,13 @@ from fasttower_kernels.compiled import (
     Array,
     empty,
     entry_point,
+    flat_arrays,
     float32,
     int32,
     njit,
     uint32,
     uint64,
 )
-from fasttower_kernels.errors import FastTowerError
 from fasttower_kernels.known_positives import KnownPositives
 from fasttower_kernels.membership import known_arrays, membership_of
 from fasttower_kernels.negatives.numba_cpu import TILE, count_free, draw_tile, redraw_touched
@@ -99,6 +99,7 @@ def score_tile(
     x: Array,
     items: Array,
     users: Array,
+    rows: Array,
     start: int,
     size: int,
     begin: int,
@@ -118,7 +119,7 @@ def score_tile(
             upcoming = uint64(users[start + tile + w]) * words
             for word in range(uint64(0), min(words, uint64(PREFETCHED_WORDS)), uint64(16)):
                 prefetch(bits, upcoming + word, 1)
-        u = load_row(user_table, uint64(users[start + w]), width)
+        u = load_row(user_table, uint64(rows[start + w]), width)
         for k in range(begin, end):
             item = uint64(items[k * tile + w])
             logit = dot(u, load_row(item_table, item, width))
@@ -161,7 +162,7 @@ def bce_tile(x: Array, weight: Array, bce: Array, product: Array, begin: int, en
 def gradient_tile(
     x: Array,
     items: Array,
-    users: Array,
+    rows: Array,
     start: int,
     size: int,
     begin: int,
@@ -180,13 +181,13 @@ def gradient_tile(
     user_gradient, item_gradient, bias_gradient = gradients
     tile = uint64(TILE)
     for w in range(size):
-        upcoming = uint64(users[start + tile + w]) * uint64(width)
+        upcoming = uint64(rows[start + tile + w]) * uint64(width)
         prefetch(user_table, upcoming, width)
         prefetch(user_gradient, upcoming, width)
         if weight[w] == float32(0):
             continue
-        user = uint64(users[start + w])
-        u = load_row(user_table, user, width)
+        row = uint64(rows[start + w])
+        u = load_row(user_table, row, width)
         du = scaled(user_l2 if has_l2 and begin == uint64(0) else float32(0), u)
         for k in range(begin, end):
             item = uint64(items[k * tile + w])
@@ -200,7 +201,7 @@ def gradient_tile(
             if has_bias:
                 bias_gradient[item] += g
         # The old gradient comes last: nothing waits for it to arrive from memory.
-        store_row(user_gradient, user, add_scaled(load_row(user_gradient, user, width), float32(1), du))
+        store_row(user_gradient, row, add_scaled(load_row(user_gradient, row, width), float32(1), du))
 
 
 @njit(fastmath=FAST, **OPTIONS)
@@ -219,6 +220,7 @@ def add_batch(
     exact: bool,
     has_l2: bool,
     backward: bool,
+    gathered: bool,
 ) -> float:
     """Add the gradients of some positives; return the sum of their BCE as float64.
 
@@ -238,9 +240,11 @@ def add_batch(
         exact: the same.
         has_l2: the same.
         backward: whether gradients are wanted.
+        gathered: whether row b of the user table belongs to position b of the batch, whoever the user is.
     """
     num_negatives, num_items, k0, k1 = sampling
     positions, users, positives = batch[0], batch[1], batch[2]
+    rows = positions if gathered else users
     scale, user_l2, item_l2 = scales
     bits, words, indptr, _ = known
     tile = uint64(TILE)
@@ -295,7 +299,20 @@ def add_batch(
                 )
 
             score_tile(
-                x, items, users, start, here, begin, end, parameters, bits, words, width, has_bias, exclude
+                x,
+                items,
+                users,
+                rows,
+                start,
+                here,
+                begin,
+                end,
+                parameters,
+                bits,
+                words,
+                width,
+                has_bias,
+                exclude,
             )
             bce_tile(x, weight, bce, product, begin, end)
             for w in range(here):
@@ -305,7 +322,7 @@ def add_batch(
                 gradient_tile(
                     x,
                     items,
-                    users,
+                    rows,
                     start,
                     here,
                     begin,
@@ -354,24 +371,8 @@ def variant_of(parameters: Tables, known_positives: KnownPositives | None, setti
     )
 
 
-def flat_arrays(tables: Tables) -> tuple[Array, Array, Array]:
-    """Users (U * P,), items (I * P,) and item bias (I,), empty without one: views.
-
-    Raises:
-        FastTowerError: an array that is not contiguous float32 on the CPU.
-    """
-    for array in tables:
-        if array.dtype != torch.float32 or not array.is_contiguous() or array.device.type != "cpu":
-            raise FastTowerError(
-                f"a table is {array.dtype} on {array.device}, strides {array.stride()}; backend numba takes "
-                f"contiguous float32 on the CPU: choose backend torch."
-            )
-    bias = empty(np.float32) if tables.item_bias is None else tables.item_bias.detach().numpy()
-    return tables.users.detach().numpy().reshape(-1), tables.items.detach().numpy().reshape(-1), bias
-
-
 @lru_cache
-def _compiled(variant: Variant, backward: bool, sources: int = SOURCES) -> Any:
+def _compiled(variant: Variant, backward: bool, gathered: bool, sources: int = SOURCES) -> Any:
     width, has_bias, exclude, exact, has_l2 = variant
 
     def run(
@@ -407,6 +408,7 @@ def _compiled(variant: Variant, backward: bool, sources: int = SOURCES) -> Any:
             exact,
             has_l2,
             backward,
+            gathered,
         )
 
     return entry_point(run)
@@ -418,12 +420,14 @@ def _run(
     batch: Interactions,
     known_positives: KnownPositives | None,
     settings: LossSettings,
+    *,
     key: Key,
     step: int,
-    first_position: int,
+    first_position: int = 0,
+    gathered: bool = False,
 ) -> Tensor:
     divisor = settings.divisor(max(1, len(batch)))
-    run = _compiled(variant_of(parameters, known_positives, settings), gradients is not None)
+    run = _compiled(variant_of(parameters, known_positives, settings), gradients is not None, gathered)
     loss = run(
         flat_arrays(parameters),
         (empty(np.float32),) * 3 if gradients is None else flat_arrays(gradients),
@@ -451,9 +455,16 @@ def train_step(
     *,
     key: Key,
     step: int,
+    gathered: bool = False,
 ) -> Tensor:
-    """Add the gradients of a batch's loss; return the sum of its BCE part, float64. See the reference."""
-    return _run(parameters, gradients, batch, known_positives, settings, key, step, 0)
+    """Add the gradients of a batch's loss; return the sum of its BCE part, float64. See the reference.
+
+    With ``gathered`` the user table has a row for each positive of the batch, (B, P), and the users' indices
+    say what negatives leave out, nothing else.
+    """
+    return _run(
+        parameters, gradients, batch, known_positives, settings, key=key, step=step, gathered=gathered
+    )
 
 
 def bce_sum(
@@ -467,4 +478,13 @@ def bce_sum(
     first_position: int = 0,
 ) -> Tensor:
     """The sum of the BCE part alone, float64, without gradients. See the reference."""
-    return _run(parameters, None, batch, known_positives, settings, key, step, first_position)
+    return _run(
+        parameters,
+        None,
+        batch,
+        known_positives,
+        settings,
+        key=key,
+        step=step,
+        first_position=first_position,
+    )

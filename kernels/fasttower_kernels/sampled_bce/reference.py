@@ -16,7 +16,7 @@ import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch import Tensor
 
 from fasttower_kernels.known_positives import KnownPositives
-from fasttower_kernels.negatives import sample_negatives
+from fasttower_kernels.negatives.reference import sample_negatives
 from fasttower_kernels.philox import Key
 from fasttower_kernels.sampled_bce.settings import LossSettings
 from fasttower_kernels.tables import Interactions, Tables
@@ -52,6 +52,23 @@ def loss_terms(
         norms = user_vectors.square().sum(-1) + 2 / logits.shape[1] * item_vectors.square().sum((1, 2))  # [B]
         loss = loss + settings.l2 * (weight * norms).sum()
     return loss / settings.divisor(len(logits)), bce.detach()
+
+
+def batch_loss(
+    user_vectors: Tensor,
+    item_vectors: Tensor,
+    item_bias: Tensor | None,
+    batch: Interactions,
+    known_positives: KnownPositives | None,
+    settings: LossSettings,
+    *,
+    key: Key,
+    step: int,
+) -> Tensor:
+    """The loss of vectors that come from anywhere, left to autograd: `sampled_bce_loss` in plain torch."""
+    items, weight = draw_items(batch, len(item_vectors), known_positives, settings, key=key, step=step)
+    bias = None if item_bias is None else item_bias[items]
+    return loss_terms(user_vectors, item_vectors[items], bias, weight.to(user_vectors), settings)[0]
 
 
 def train_step(

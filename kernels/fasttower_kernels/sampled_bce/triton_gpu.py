@@ -160,6 +160,7 @@ def sampled_bce_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_B: tl.constexpr,
     SHUFFLE: tl.constexpr,
+    GATHERED: tl.constexpr,
     OUTPUT: tl.constexpr,
 ):
     """One batch of the loss in `reference`, and its gradients.
@@ -200,6 +201,7 @@ def sampled_bce_kernel(
         BLOCK_D: the power of two from it.
         BLOCK_B: positives a program.
         SHUFFLE: the batch is number t mod steps of the shuffled order; otherwise the rows are the batch.
+        GATHERED: row b of the user table belongs to position b of the batch, whoever the user is.
         OUTPUT: see `Output`.
     """
     program = tl.program_id(0)
@@ -231,6 +233,8 @@ def sampled_bce_kernel(
             user_index, there, indptr_ptr, known_items_ptr, bitmap_ptr, bitmap_words
         )
         live = there & (degree < catalogue)
+    if GATHERED:
+        user_index = b.to(tl.int64)
 
     d = tl.arange(0, BLOCK_D)
     in_row = d < WIDTH
@@ -368,6 +372,7 @@ def bce_launch(
     output: Output,
     batch_size: int,
     shuffle: bool,
+    gathered: bool = False,
     first_position: int = 0,
     pair_buffers: PairBuffers | None = None,
     lanes: int | None = None,
@@ -409,6 +414,7 @@ def bce_launch(
         "BLOCK_D": block_d,
         "BLOCK_B": tile.positives,
         "SHUFFLE": shuffle,
+        "GATHERED": gathered,
         "OUTPUT": int(output),
     }
     return Launch(sampled_bce_kernel, num_programs(batch_size, width, lanes), arguments, tile.num_warps)
@@ -484,8 +490,13 @@ def train_step(
     *,
     key: Key,
     step: int,
+    gathered: bool = False,
 ) -> Tensor:
-    """See the reference's `train_step`; the sum is float64."""
+    """See the reference's `train_step`; the sum is float64.
+
+    With ``gathered`` the user table has a row for each positive of the batch, (B, P), and the users' indices
+    say what negatives leave out, nothing else.
+    """
     deterministic = torch.are_deterministic_algorithms_enabled()
     device = parameters.users.device
     pairs = PairBuffers.empty(len(batch), settings.num_negatives, device) if deterministic else None
@@ -498,6 +509,7 @@ def train_step(
         key=key,
         step=step,
         output=Output.PAIRS if deterministic else Output.GRADIENTS,
+        gathered=gathered,
         pair_buffers=pairs,
     )
     if pairs is not None and len(batch):
@@ -540,6 +552,7 @@ def _run_batch(
     key: Key,
     step: int,
     output: Output,
+    gathered: bool = False,
     first_position: int = 0,
     pair_buffers: PairBuffers | None = None,
 ) -> Tensor:
@@ -561,6 +574,7 @@ def _run_batch(
         output=output,
         batch_size=len(batch),
         shuffle=False,
+        gathered=gathered,
         first_position=first_position,
         pair_buffers=pair_buffers,
     )

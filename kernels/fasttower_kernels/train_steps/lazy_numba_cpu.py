@@ -235,6 +235,7 @@ def compiled_lazy(variant: Variant, threaded: bool, sources: int = SOURCES) -> A
                         exact,
                         has_l2,
                         True,
+                        False,
                     )
                 else:
                     update_touched_piece(

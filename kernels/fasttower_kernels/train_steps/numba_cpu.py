@@ -23,6 +23,7 @@ from fasttower_kernels.compiled import (
     SOURCES,
     Array,
     entry_point,
+    flat_arrays,
     float32,
     njit,
     prange,
@@ -33,7 +34,7 @@ from fasttower_kernels.known_positives import KnownPositives
 from fasttower_kernels.membership import known_arrays
 from fasttower_kernels.negatives.numba_cpu import TILE
 from fasttower_kernels.philox import seed_key
-from fasttower_kernels.sampled_bce.numba_cpu import Variant, add_batch, flat_arrays, variant_of
+from fasttower_kernels.sampled_bce.numba_cpu import Variant, add_batch, variant_of
 from fasttower_kernels.shuffle import epoch_key
 from fasttower_kernels.shuffle.reference import round_keys
 from fasttower_kernels.tables import Interactions
@@ -119,6 +120,7 @@ def _compiled(variant: Variant, threaded: bool, sources: int = SOURCES) -> Any:
                         exact,
                         has_l2,
                         True,
+                        False,
                     )
                 else:
                     for table in range(3):

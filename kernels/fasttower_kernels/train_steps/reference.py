@@ -8,7 +8,8 @@ from fasttower_kernels.adam.reference import adam_step
 from fasttower_kernels.known_positives import KnownPositives
 from fasttower_kernels.philox import seed_key
 from fasttower_kernels.sampled_bce.reference import draw_items, train_step
-from fasttower_kernels.shuffle import epoch_key, shuffled_rows
+from fasttower_kernels.shuffle import epoch_key
+from fasttower_kernels.shuffle.reference import shuffled_rows
 from fasttower_kernels.tables import Interactions
 from fasttower_kernels.train_steps.state import StepSettings, TrainState, steps_per_epoch
 
