@@ -205,11 +205,11 @@ def test_two_epochs(graphs, deterministic, optimiser):
 
 @triton.jit
 def claims_kernel(stamps_ptr, rows_ptr, owners_ptr, count, now):
-    index = tl.program_id(0) * 8 + tl.arange(0, 8)
+    index = tl.program_id(0) * 128 + tl.arange(0, 8)[:, None] * 16 + tl.arange(0, 16)[None, :]
     there = index < count
-    row = tl.load(rows_ptr + index, mask=there, other=0).to(tl.int64)
-    _, behind = lazy_triton_gpu._claim(stamps_ptr, row, there, now, 16)
-    tl.atomic_add(owners_ptr + row, 1, mask=there & (behind > 0))
+    rows = tl.load(rows_ptr + index, mask=there, other=0)
+    behind = now - lazy_triton_gpu._claim(stamps_ptr, rows, there, now)
+    tl.atomic_add(owners_ptr + rows, 1, mask=behind > 0)
 
 
 def test_a_row_has_one_owner():
@@ -217,7 +217,7 @@ def test_a_row_has_one_owner():
     rows = (torch.rand(500_009, device=DEVICE) ** 6 * 1000).int()
     stamps, owners = (torch.zeros(1001, dtype=torch.int32, device=DEVICE) for _ in range(2))
     for now in range(1, 6):
-        claims_kernel[(triton.cdiv(len(rows), 8),)](stamps, rows, owners, len(rows), now)
+        claims_kernel[(triton.cdiv(len(rows), 128),)](stamps, rows, owners, len(rows), now)
     wanted = torch.bincount(rows.long(), minlength=1001) > 0
     assert owners.equal(5 * wanted.int())
     assert stamps.equal(5 * wanted.int())

@@ -38,22 +38,23 @@ from fasttower_kernels.triton_launch import Launch
 
 
 @triton.jit
-def _claim(stamps_ptr, row, wanted, now, BLOCK_D: tl.constexpr):
-    """Put the stamp ``now`` on the wanted rows.
+def _claim(stamps_ptr, rows, asking, now):
+    """Put the stamp ``now`` on some rows.
+
+    They come in a tile as large as one of the tables' rows. In a block as short as the rows themselves
+    several threads would hold the same element, and not every Triton gives all of them the result of an
+    exchange.
+
+    Args:
+        stamps_ptr: of the rows.
+        rows: int32 or int64 tile.
+        asking: int1 tile: which of its elements want their rows.
+        now: int32 scalar.
 
     Returns:
-        Two int32 blocks: the older stamp and how far that is behind, for the rows that are this program's
-        own; ``now`` and 0 for the others.
+        int32 tile: the older stamps of rows that have become this program's own, elsewhere ``now``.
     """
-    # An exchange a row, asked for by one element of a whole tile: of a block as short as the rows, several
-    # threads would hold the same element, and not every Triton gives all of them the result.
-    first = tl.arange(0, BLOCK_D) == 0
-    place = row[:, None] + tl.zeros((1, BLOCK_D), dtype=tl.int64)
-    asking = wanted[:, None] & first[None, :]
-    found = tl.atomic_xchg(stamps_ptr + place, now, mask=asking, sem="relaxed")
-    stamp = tl.max(tl.where(asking, found, -1), axis=1)
-    stamp = tl.where(wanted, stamp, now)
-    return stamp, now - stamp
+    return tl.where(asking, tl.atomic_xchg(stamps_ptr + rows, now, mask=asking, sem="relaxed"), now)
 
 
 @triton.jit(
@@ -164,8 +165,10 @@ def catch_up_batch_kernel(
     live, known_row_ptr, degree, bitmap_row_ptr = batch_exclusion(
         b, there, user_index, num_items, indptr_ptr, known_items_ptr, bitmap_ptr, bitmap_words
     )
+    d = tl.arange(0, BLOCK_D)[None, :]
     if program < blocks:
-        stamp, behind = _claim(user_stamps_ptr, user_index, live, now, BLOCK_D)
+        rows = user_index[:, None] + d * 0
+        stamp = tl.min(_claim(user_stamps_ptr, rows, live[:, None] & (d == 0), now), axis=1)
         catch_up_table_rows(
             users_ptr,
             user_gradients_ptr,
@@ -179,14 +182,11 @@ def catch_up_batch_kernel(
             decays_ptr,
             user_index,
             stamp,
-            behind,
+            now - stamp,
             WIDTH,
             BLOCK_D,
         )
-        item_0 = item_index.to(tl.int32)
-        item_1 = item_0
-        item_2 = item_0
-        item_3 = item_0
+        item_rows = item_index.to(tl.int32)[:, None] + d * 0
         items = 1
     else:
         quad = program // blocks - 1
@@ -205,10 +205,14 @@ def catch_up_batch_kernel(
             EXCLUDE,
             BITMAP,
         )
+        item_rows = tl.where(d == 0, item_0[:, None], tl.where(d == 1, item_1[:, None], item_2[:, None]))
+        item_rows = tl.where(d == 3, item_3[:, None], item_rows)
         items = tl.minimum(num_negatives - 4 * quad, 4)
+    # Column i has the items i; one exchange for all of them, whose answers are waited for once.
+    stamps = _claim(item_stamps_ptr, item_rows, live[:, None] & (d < items), now)
     for i in range(items):
-        item = tl.where(i == 0, item_0, tl.where(i == 1, item_1, tl.where(i == 2, item_2, item_3)))
-        stamp, behind = _claim(item_stamps_ptr, item.to(tl.int64), live, now, BLOCK_D)
+        item = tl.max(tl.where(d == i, item_rows, 0), axis=1).to(tl.int64)
+        stamp = tl.min(tl.where(d == i, stamps, now), axis=1)
         catch_up_table_rows(
             items_ptr,
             item_gradients_ptr,
@@ -220,9 +224,9 @@ def catch_up_batch_kernel(
             bias_moments_2_ptr,
             rates_ptr,
             decays_ptr,
-            item.to(tl.int64),
+            item,
             stamp,
-            behind,
+            now - stamp,
             WIDTH,
             BLOCK_D,
         )
