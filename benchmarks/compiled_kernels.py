@@ -31,6 +31,8 @@ from fasttower_kernels.sampled_bce.settings import LossSettings
 from fasttower_kernels.sampled_bce.triton_gpu import Output, PairBuffers, bce_launch
 from fasttower_kernels.sampled_bce.triton_segments import segments_launch
 from fasttower_kernels.tables import Interactions, Tables, padded
+from fasttower_kernels.train_steps.lazy_triton_gpu import lazy_launches
+from fasttower_kernels.train_steps.state import TrainState
 from fasttower_kernels.triton_launch import Launch
 
 TARGETS = {
@@ -100,6 +102,9 @@ def launches(dim: int, lanes: int = 32) -> dict[str, Launch]:
         )
 
     with_bitmap = bce(known)
+    rates = torch.zeros(1, 2)
+    state = TrainState(parameters, parameters, parameters, parameters)
+    lazy = lazy_launches(state, with_bitmap, rates, lanes=lanes)
     search = {"bitmap_ptr": None, "bitmap_words": 0}
     return {
         "step, exclusion by bitmap": with_bitmap,
@@ -125,9 +130,13 @@ def launches(dim: int, lanes: int = 32) -> dict[str, Launch]:
             parameters,
             parameters,
             parameters,
-            rates=torch.zeros(1, 2),
+            rates=rates,
             counters=counters,
         ),
+        "lazy adam, exclusion by bitmap": lazy.before,
+        "lazy adam, exclusion by search": lazy.before.with_arguments(**search),
+        "lazy adam, plain negatives": lazy_launches(state, bce(None), rates, lanes=lanes).before,
+        "lazy adam, all rows": lazy.at_the_end,
     }
 
 

@@ -7,8 +7,10 @@
 Each variant trains some steps of an epoch, three times; the fastest counts, and the epoch is that time a step
 by its steps. Variants:
 
-    fused             two launches a step, exact exclusion of known positives, item bias, L2; CUDA graphs
+    fused             two launches a step, exact exclusion of known positives, item bias, L2, dense Adam;
+                      CUDA graphs
     fused, launched   the same without graphs
+    fused, lazy       the same with graphs, Adam for the rows in use alone; all rows at the end of the steps
     fused, plain      the same with graphs, negatives drawn from the whole catalogue
     eager             torch: permutation, randint, embedding, bmm, BCE with logits, fused dense Adam
     compiled          the same with the loss through torch.compile
@@ -19,7 +21,7 @@ Eager and compiled draw from the whole catalogue, have no L2, and so do less.
 Traffic counts what the step must read and write if nothing stayed in a cache: 12 bytes a float of each user
 and item vector (read, and read and written to add its gradient) and of each item's bias, 8 bytes a
 positive, a sector of 32 bytes a negative for the exclusion, and Adam's 32 bytes a parameter. Where the
-tables fit in L2 it may pass 1.
+tables fit in L2 it may pass 1. Lazy Adam has none: its traffic is that of the rows that batches share.
 
 Without a CUDA device it says so and exits with 2.
 """
@@ -42,7 +44,7 @@ from torch import Tensor
 from fasttower_kernels.known_positives import KnownPositives
 from fasttower_kernels.sampled_bce import LossSettings
 from fasttower_kernels.tables import Interactions, Tables, padded
-from fasttower_kernels.train_steps import StepSettings, TrainState, steps_per_epoch
+from fasttower_kernels.train_steps import Optimiser, StepSettings, TrainState, steps_per_epoch
 
 DATA = ("synthetic-1m", "synthetic-20m")
 DIMS = (64, 16, 128)
@@ -68,7 +70,7 @@ class Row:
         epoch_s: seconds for all steps of an epoch.
         positives_per_s: positives trained a second.
         pairs_per_s: scored pairs a second, 1 + N a positive.
-        share: of the copy bandwidth; None for torch, which moves other bytes.
+        share: of the copy bandwidth; None for lazy Adam and for torch, which move other bytes.
         peak_bytes: allocated during the steps, above what was there before.
     """
 
@@ -160,11 +162,21 @@ def traffic(positives: Positives, batch_size: int, width: int, *, exclude: bool)
     return vectors + 12 * pairs * batch_size + 8 * batch_size + sectors + 32 * parameters
 
 
-def fused(positives: Positives, dim: int, batch_size: int, steps: int, *, exclude: bool, graphs: bool):
+def fused(
+    positives: Positives,
+    dim: int,
+    batch_size: int,
+    steps: int,
+    *,
+    exclude: bool = True,
+    graphs: bool = True,
+    optimiser: Optimiser = "adam",
+):
     """A function that trains the first steps of an epoch with the Triton backend."""
     from fasttower_kernels.train_steps import triton_gpu
 
-    settings = StepSettings(LossSettings(NUM_NEGATIVES, l2=0.01), LEARNING_RATE, batch_size, seed=0)
+    loss = LossSettings(NUM_NEGATIVES, l2=0.01)
+    settings = StepSettings(loss, LEARNING_RATE, batch_size, seed=0, optimiser=optimiser)
     state = TrainState.start(start_tables(positives, dim, positives.interactions.user_index.device))
 
     def run() -> Tensor:
@@ -230,7 +242,7 @@ def measure(
     num_rows = len(positives.interactions)
     batch = min(batch_size, num_rows)
     share = None
-    if variant.startswith("fused"):
+    if variant.startswith("fused") and "lazy" not in variant:
         share = traffic(positives, batch, padded(dim), exclude="plain" not in variant) / step_s / bandwidth
     return Row(
         positives.name,
@@ -255,15 +267,13 @@ def measure_shape(
     fused_steps = min(whole, max(20, FUSED_POSITIVES // batch_size))
     torch_steps = min(whole, max(5, TORCH_POSITIVES // batch_size))
     variants = {
-        "fused": (fused_steps, lambda n: fused(positives, dim, batch_size, n, exclude=True, graphs=True)),
-        "fused, launched": (
+        "fused": (fused_steps, lambda n: fused(positives, dim, batch_size, n)),
+        "fused, launched": (fused_steps, lambda n: fused(positives, dim, batch_size, n, graphs=False)),
+        "fused, lazy": (
             fused_steps,
-            lambda n: fused(positives, dim, batch_size, n, exclude=True, graphs=False),
+            lambda n: fused(positives, dim, batch_size, n, optimiser="lazy_adam"),
         ),
-        "fused, plain": (
-            fused_steps,
-            lambda n: fused(positives, dim, batch_size, n, exclude=False, graphs=True),
-        ),
+        "fused, plain": (fused_steps, lambda n: fused(positives, dim, batch_size, n, exclude=False)),
         "eager": (torch_steps, lambda n: plain_torch(positives, dim, batch_size, n, batch_loss)),
     }
     if compile_too:

@@ -96,7 +96,7 @@ class TrainingConfig:
     """Adam's step size."""
     optimiser: Optimiser = "auto"
     """adam passes over whole tables in each step; lazy_adam, equal to it but for rounding, over the rows in
-    use (not with backend triton); auto takes the faster one by the sizes of the tables and of a batch."""
+    use; auto takes the faster one by the sizes of the tables and of a batch (adam with backend torch)."""
     batch_size: int | None = None
     """Positives in a batch; if not given, the power of two nearest to a hundredth of the interactions before
     the test cut, from 256 to 65,536."""

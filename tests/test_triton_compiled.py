@@ -15,7 +15,7 @@ import pytest
 pytestmark = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="Triton is not installed")
 
 ROOT = Path(__file__).parent.parent
-STEP = "step, exclusion by bitmap"
+STEP, LAZY = "step, exclusion by bitmap", "lazy adam, exclusion by bitmap"
 VECTORS_A_STEP = 6  # the user, the positive, and a quad of negatives
 
 
@@ -40,6 +40,9 @@ def check(figures):
     assert figures["loads_16_bytes"] > 0, name
     if not figures["kernel"].startswith("step"):
         assert figures["vector_adds"] == figures["scalar_adds"] == 0, name
+        if figures["kernel"].startswith("lazy adam"):
+            # Four arrays of users and items, with the negatives' loop for all items of a program.
+            assert figures["loads_16_bytes"] == 2 * 4, name
         if figures["kernel"] == "adam":
             # Four arrays of each of the two tables, and 4 floats at a time of the elements of a thread.
             assert figures["loads_16_bytes"] == 2 * 4 * (1 if figures["target"] == "gfx942" else 2), name
@@ -55,8 +58,10 @@ def check(figures):
 
 
 def test_kernels():
-    figures = compiled("--dims", "64", "--targets", "sm_80", "sm_90", "gfx942", "--kernels", STEP, "adam")
-    assert len(figures) == 6
+    figures = compiled(
+        "--dims", "64", "--targets", "sm_80", "sm_90", "gfx942", "--kernels", STEP, LAZY, "adam"
+    )
+    assert len(figures) == 9
     for one in figures:
         check(one)
 
@@ -64,6 +69,6 @@ def test_kernels():
 @pytest.mark.slow
 def test_all_kernels():
     figures = compiled()
-    assert len(figures) == 7 * 3 * 4
+    assert len(figures) == 11 * 3 * 4
     for one in figures:
         check(one)

@@ -10,8 +10,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from test_shuffle import order
 
+from fasttower_kernels import triton_tiles
+from fasttower_kernels.adam import lazy_triton_gpu as lazy_adam_triton
 from fasttower_kernels.adam import reference as adam_reference
 from fasttower_kernels.adam import triton_gpu as adam_triton
 from fasttower_kernels.errors import FastTowerError
@@ -24,7 +28,7 @@ from fasttower_kernels.sampled_bce import reference as bce_reference
 from fasttower_kernels.sampled_bce import triton_gpu as bce_triton
 from fasttower_kernels.shuffle import triton_gpu as shuffle_triton
 from fasttower_kernels.tables import Interactions, Tables, padded
-from fasttower_kernels.train_steps import StepSettings, TrainState, steps_per_epoch
+from fasttower_kernels.train_steps import StepSettings, TrainState, lazy_triton_gpu, steps_per_epoch
 from fasttower_kernels.train_steps import reference as steps_reference
 from fasttower_kernels.train_steps import triton_gpu as steps_triton
 
@@ -86,8 +90,8 @@ def _modes():
 @pytest.fixture
 def large_programs(monkeypatch):
     """Programs of 32 positives: the interpreter's time goes by operations, not by elements."""
-    for block in bce_triton.TILES:
-        monkeypatch.setitem(bce_triton.TILES, block, bce_triton.Tile(32, 1))
+    for block in triton_tiles.TILES:
+        monkeypatch.setitem(triton_tiles.TILES, block, triton_tiles.Tile(32, 1))
 
 
 def known_positives(search=False):
@@ -404,11 +408,15 @@ def test_a_plan_follows_its_arguments():
         (replace(SETTINGS, learning_rate=0.5), False),
         (replace(SETTINGS, seed=1, batch_size=4), False),
         (replace(SETTINGS, seed=1, batch_size=4), True),
+        (replace(SETTINGS, seed=1, optimiser="lazy_adam"), True),
     ):
         torch.use_deterministic_algorithms(deterministic)
         call = (interactions, None, settings)
         steps_triton.run_steps(state, *call, first_step=0, num_steps=1)
-        assert (steps_triton._plans[id(state)].pairs is not None) == deterministic
+        plan = steps_triton._plans[id(state)]
+        assert (plan.pairs is not None) == deterministic
+        # By its sizes, a batch of 4 is lazy too.
+        assert (plan.lazy is not None) == (settings.optimiser == "lazy_adam" or settings.batch_size == 4)
         steps_reference.run_steps(oracle, *call, first_step=0, num_steps=1)
         torch.testing.assert_close(state.parameters.items, oracle.parameters.items)
     plans = len(steps_triton._plans)
@@ -438,6 +446,141 @@ def test_room_is_checked_before_anything_is_copied(monkeypatch):
         steps_triton.check_device_memory(sizes, torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (4 << 30, 8 << 30))
     steps_triton.check_device_memory(sizes, torch.device("cuda", 0))
+
+
+# ---- lazy Adam
+
+
+@triton.jit
+def claims_kernel(stamps_ptr, rows_ptr, owners_ptr, behind_ptr, count, now):
+    index = tl.program_id(0) * 8 + tl.arange(0, 4)[:, None] * 2 + tl.arange(0, 2)[None, :]
+    there = index < count
+    rows = tl.load(rows_ptr + index, mask=there, other=0)
+    behind = now - lazy_triton_gpu._claim(stamps_ptr, rows, there, now)
+    tl.atomic_add(owners_ptr + rows, 1, mask=behind > 0)
+    tl.store(behind_ptr + index, behind)
+
+
+def test_a_row_has_one_owner(guarded):
+    # Rows that are wanted often, within programs and among them; the last one has its stamp already.
+    stamps, now = torch.tensor([0, 3, 7, 5, 9], dtype=torch.int32), 9
+    rows = torch.tensor([1, 0, 1, 3, 1, 4, 0, 3, 3, 1, 4], dtype=torch.int32)
+    owners, behind = torch.zeros(5, dtype=torch.int32), torch.zeros(16, dtype=torch.int32)
+    result = guarded.like(stamps)
+    claims_kernel[(2,)](result, guarded.like(rows), owners, behind, len(rows), now)
+    assert owners.tolist() == [1, 1, 0, 1, 0]
+    assert result.tolist() == [9, 9, 7, 9, 9]
+    assert sorted(behind.tolist()) == [0] * 13 + [4, 6, 9]
+
+
+def test_catch_up_of_rows_that_wait_for_long(guarded):
+    """Rows with gradients that wait for 1 to 1,000 updates, far more than are replayed, and rows without."""
+    updates, stamps = 1000, [0, 1, 700, 900, 998, 999]
+    start = make_tables(6, num_users=11, num_items=13)
+    generator = torch.Generator().manual_seed(0)
+    gradients, moments_1 = (
+        Tables(*(torch.randn(t.shape, generator=generator) for t in start)) for _ in range(2)
+    )
+    moments_2 = Tables(*(moment.square() * 0.1 for moment in moments_1))
+    for tables in (gradients, moments_1, moments_2):
+        for table in tables:
+            table[-1] = 0
+    row_stamps = [
+        torch.tensor(stamps, dtype=torch.int32).repeat(3)[: len(t)] for t in (start.users, start.items)
+    ]
+    oracle = [doubled(t) for t in (start, gradients, moments_1, moments_2)]
+    for stamp in stamps:
+        some = [doubled(t) for t in (start, gradients, moments_1, moments_2)]
+        for update in range(stamp, updates):
+            adam_reference.adam_step(*some, count=2 * updates + update + 1, learning_rate=0.01)
+        for right, own in zip(oracle, some, strict=True):
+            for array, values, chosen in zip(right, own, (*row_stamps, row_stamps[1]), strict=True):
+                array[chosen == stamp] = values[chosen == stamp]
+    state = [guarded.tables(t) for t in (start, gradients, moments_1, moments_2)]
+    lazy_adam_triton.catch_up_launch(
+        *state,
+        user_stamps=guarded.like(row_stamps[0]),
+        item_stamps=guarded.like(row_stamps[1]),
+        rates=guarded.like(adam_triton.step_rates(2 * updates + 1, updates, 0.01)),
+        decays=guarded.like(lazy_adam_triton.decays(updates)),
+        counters=torch.tensor([0, 3 * updates]),
+    )()
+    moved = (error_of_rows(*tables) for tables in zip(state[0], oracle[0], start, strict=True))
+    assert max(moved) < 2e-6
+    for result, right in zip((*state[2], *state[3]), (*oracle[2], *oracle[3]), strict=True):
+        torch.testing.assert_close(result.double(), right, rtol=1e-6, atol=1e-30)
+    for result, before in zip(state[0], start, strict=True):
+        assert result[-1].equal(before[-1])
+    assert not any(bool(gradient.any()) for gradient in state[1])
+
+
+def error_of_rows(result, right, start):
+    """The largest error of a row's displacement, relative to that."""
+    moved = (right - start.double()).view(len(start), -1).norm(dim=1)
+    return float(((result.double() - right).view(len(start), -1).norm(dim=1) / moved.clamp_min(1e-300)).max())
+
+
+def lazy_example(num_steps, batch_size):
+    """Three users and five items have nearly all positives; the rare ones wait; some are never used."""
+    generator = torch.Generator().manual_seed(5)
+    num_rows = num_steps * batch_size - 1
+    users, items = (torch.randint(n, (num_rows,), generator=generator, dtype=torch.int32) for n in (3, 5))
+    rare = torch.randperm(num_rows, generator=generator)[:10]
+    users[rare] = 3 + torch.arange(10, dtype=torch.int32) // 2
+    items[rare] = 6 + torch.arange(10, dtype=torch.int32) // 2
+    # Nobody draws the items from 6 on, and user 7 has touched everything.
+    pairs = torch.tensor([(u, i) for u in range(10) for i in (range(13) if u == 7 else range(6, 13))]).int()
+    return Interactions(users, items), KnownPositives.from_pairs(pairs[:, 0], pairs[:, 1], 10, 13)
+
+
+def check_lazy_steps(guarded, num_steps, calls, *, num_negatives=2, bias=True, deterministic=False):
+    """Against dense Adam in float64, through a second epoch."""
+    interactions, known = lazy_example(num_steps, 4)
+    settings = StepSettings(LossSettings(num_negatives, l2=0.01), 0.01, 4, seed=7, optimiser="lazy_adam")
+    tables = make_tables(5, num_users=10, num_items=13, bias=bias)
+    state = TrainState(*(guarded.tables(t) for t in (tables, *(tables.zeros_like() for _ in range(3)))))
+    oracle = TrainState.start(doubled(tables))
+    first = num_steps
+    for count in calls:
+        steps = {"first_step": first, "num_steps": count}
+        torch.use_deterministic_algorithms(deterministic)
+        bce = steps_triton.run_steps(state, interactions, known, settings, **steps)
+        torch.use_deterministic_algorithms(False)
+        right = steps_reference.run_steps(
+            oracle, interactions, known, replace(settings, optimiser="adam"), **steps
+        )
+        assert float(bce) == pytest.approx(float(right), rel=1e-6)
+        assert not any(bool(gradient.any()) for gradient in state.gradients)
+        first += count
+    for result, right, before in zip(state.parameters, oracle.parameters, tables, strict=True):
+        assert error(result.double() - before, right - before) < 5e-6
+    for result, right in zip(
+        (*state.moments_1, *state.moments_2), (*oracle.moments_1, *oracle.moments_2), strict=True
+    ):
+        assert error(result, right) < 2e-6
+    for table, before, unused in zip(state.parameters, tables, (8, 11, 11), strict=bias):
+        assert table[unused:].equal(before[unused:])
+        assert not table[:3].equal(before[:3])
+
+
+def test_lazy_steps(guarded, monkeypatch):
+    # Two positives a program, so that rows are wanted by several programs.
+    monkeypatch.setitem(triton_tiles.TILES, 8, triton_tiles.Tile(2, 1))
+    check_lazy_steps(guarded, 9, (6, 3))
+
+
+@pytest.mark.usefixtures("large_programs")
+@pytest.mark.parametrize(
+    ("num_negatives", "bias", "deterministic"), [(0, True, False), (5, False, False), (2, True, True)]
+)
+def test_lazy_steps_of_other_kinds(guarded, num_negatives, bias, deterministic):
+    check_lazy_steps(guarded, 5, (5,), num_negatives=num_negatives, bias=bias, deterministic=deterministic)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("large_programs")
+def test_many_lazy_steps(guarded):
+    check_lazy_steps(guarded, 300, (300,))
 
 
 # ---- more shapes

@@ -1,6 +1,7 @@
 """The Triton backend on a GPU: against the reference, and what no interpreter shows, races and graphs."""
 
 import importlib.util
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,10 +22,14 @@ if not torch.cuda.is_available():
 if not importlib.util.find_spec("triton"):
     pytest.skip("Triton is not installed", allow_module_level=True)
 
+import triton
+import triton.language as tl
+
 from fasttower_kernels.adam import triton_gpu as adam_triton
 from fasttower_kernels.negatives import triton_gpu as negatives_triton
 from fasttower_kernels.sampled_bce import triton_gpu as bce_triton
 from fasttower_kernels.shuffle import triton_gpu as shuffle_triton
+from fasttower_kernels.train_steps import lazy_triton_gpu
 from fasttower_kernels.train_steps import triton_gpu as steps_triton
 
 DEVICE = torch.device("cuda")
@@ -163,15 +168,16 @@ def _reference_adam():
     return adam_step
 
 
+@pytest.mark.parametrize("optimiser", ["adam", "lazy_adam"])
 @pytest.mark.parametrize(
     ("graphs", "deterministic"),
     [(True, False), (False, False), (True, True)],
     ids=["graphs", "plain", "sorted"],
 )
-def test_two_epochs(graphs, deterministic):
+def test_two_epochs(graphs, deterministic, optimiser):
     # 100 steps an epoch and a short last batch: more than one graph of many steps, and single ones.
     interactions, known = make_batch(99 * 64 + 17), make_known()
-    settings = StepSettings(LossSettings(5, 0.01), learning_rate=0.01, batch_size=64, seed=2**40 + 1)
+    settings = StepSettings(LossSettings(5, 0.01), 0.01, batch_size=64, seed=2**40 + 1, optimiser=optimiser)
     state = TrainState.start(make_tables(16))
     oracle = copied(state)
     steps = steps_per_epoch(len(interactions), 64)
@@ -183,7 +189,12 @@ def test_two_epochs(graphs, deterministic):
         )
         torch.use_deterministic_algorithms(False)
         right = steps_reference.run_steps(
-            oracle, interactions, known, settings, first_step=first, num_steps=count
+            oracle,
+            interactions,
+            known,
+            replace(settings, optimiser="adam"),
+            first_step=first,
+            num_steps=count,
         )
         assert bce.device.type == "cuda"
         assert float(bce) == pytest.approx(float(right), rel=1e-3)
@@ -192,10 +203,46 @@ def test_two_epochs(graphs, deterministic):
         assert error(result, expected.double()) < 1e-2
 
 
-def test_deterministic_runs_repeat_bit_for_bit():
+@triton.jit
+def claims_kernel(stamps_ptr, rows_ptr, owners_ptr, count, now):
+    index = tl.program_id(0) * 128 + tl.arange(0, 8)[:, None] * 16 + tl.arange(0, 16)[None, :]
+    there = index < count
+    rows = tl.load(rows_ptr + index, mask=there, other=0)
+    behind = now - lazy_triton_gpu._claim(stamps_ptr, rows, there, now)
+    tl.atomic_add(owners_ptr + rows, 1, mask=behind > 0)
+
+
+def test_a_row_has_one_owner():
+    # Half a million pairs, most of which want a few popular rows.
+    rows = (torch.rand(500_009, device=DEVICE) ** 6 * 1000).int()
+    stamps, owners = (torch.zeros(1001, dtype=torch.int32, device=DEVICE) for _ in range(2))
+    for now in range(1, 6):
+        claims_kernel[(triton.cdiv(len(rows), 128),)](stamps, rows, owners, len(rows), now)
+    wanted = torch.bincount(rows.long(), minlength=1001) > 0
+    assert owners.equal(5 * wanted.int())
+    assert stamps.equal(5 * wanted.int())
+
+
+def test_lazy_adam_is_dense_adam_where_rows_wait():
+    # 1,250 steps, and more rows than batches can touch; few positives have most of the rows.
+    generator = torch.Generator().manual_seed(0)
+    users, items = ((torch.rand(5000, generator=generator) ** 4 * n).int().to(DEVICE) for n in (3000, 900))
+    interactions, tables = Interactions(users, items), make_tables(16, 3000, 900)
+    settings = StepSettings(LossSettings(1, 0.01), 0.01, batch_size=4, seed=1, optimiser="lazy_adam")
+    state = TrainState.start(Tables(*(table.clone() for table in tables)))
+    oracle = TrainState.start(doubled(tables))
+    steps = {"first_step": 0, "num_steps": 1250}
+    steps_triton.run_steps(state, interactions, None, settings, **steps)
+    steps_reference.run_steps(oracle, interactions, None, replace(settings, optimiser="adam"), **steps)
+    for result, right, before in zip(state.parameters, oracle.parameters, tables, strict=True):
+        assert error(result.double() - before, right - before) < 1e-5
+
+
+@pytest.mark.parametrize("optimiser", ["adam", "lazy_adam"])
+def test_deterministic_runs_repeat_bit_for_bit(optimiser):
     torch.use_deterministic_algorithms(True)
     interactions, known = make_batch(20_000), make_known()
-    settings = StepSettings(LossSettings(10, 0.01), learning_rate=0.01, batch_size=4096, seed=3)
+    settings = StepSettings(LossSettings(10, 0.01), 0.01, batch_size=4096, seed=3, optimiser=optimiser)
     runs = []
     for _ in range(3):
         state = TrainState.start(make_tables(32))
@@ -206,9 +253,10 @@ def test_deterministic_runs_repeat_bit_for_bit():
         assert all(a.equal(b) for a, b in zip(parameters, runs[0][1], strict=True))
 
 
-def test_no_word_from_the_host_inside_an_epoch():
+@pytest.mark.parametrize("optimiser", ["adam", "lazy_adam"])
+def test_no_word_from_the_host_inside_an_epoch(optimiser):
     interactions, known = make_batch(10_000), make_known()
-    settings = StepSettings(LossSettings(4), learning_rate=0.01, batch_size=128, seed=3)
+    settings = StepSettings(LossSettings(4), 0.01, batch_size=128, seed=3, optimiser=optimiser)
     state = TrainState.start(make_tables(16))
     call = (state, interactions, known, settings)
     steps_triton.run_steps(*call, first_step=0, num_steps=79)

@@ -23,6 +23,16 @@ from fasttower_kernels.triton_launch import Launch, device_scope
 
 _BLOCK = 1024
 _NUM_WARPS = 4
+_BETA_1, _BETA_2 = tl.constexpr(BETA_1), tl.constexpr(BETA_2)
+_EPSILON = tl.constexpr(EPSILON)
+
+
+@triton.jit
+def updated(p, g, m, v, step_size, inverse_root):
+    """Parameters and moments after an update with gradient g."""
+    m += (1 - _BETA_1) * (g - m)
+    v = _BETA_2 * v + (1 - _BETA_2) * (g * g)
+    return p - step_size * m / (tl.sqrt(v) * inverse_root + _EPSILON), m, v
 
 
 @triton.jit
@@ -35,17 +45,12 @@ def _update(
     mask,
     step_size,
     inverse_root,
-    BETA_1: tl.constexpr,
-    BETA_2: tl.constexpr,
-    EPSILON: tl.constexpr,
 ):
     p = tl.load(parameters_ptr + offsets, mask=mask, other=0.0)
     g = tl.load(gradients_ptr + offsets, mask=mask, other=0.0)
     m = tl.load(moments_1_ptr + offsets, mask=mask, other=0.0)
     v = tl.load(moments_2_ptr + offsets, mask=mask, other=0.0)
-    m += (1 - BETA_1) * (g - m)
-    v = BETA_2 * v + (1 - BETA_2) * (g * g)
-    p -= step_size * m / (tl.sqrt(v) * inverse_root + EPSILON)
+    p, m, v = updated(p, g, m, v, step_size, inverse_root)
     tl.store(parameters_ptr + offsets, p, mask=mask)
     tl.store(gradients_ptr + offsets, tl.zeros_like(g), mask=mask)
     tl.store(moments_1_ptr + offsets, m, mask=mask)
@@ -73,9 +78,6 @@ def adam_kernel(
     num_items,
     steps,
     GROUP: tl.constexpr,
-    BETA_1: tl.constexpr,
-    BETA_2: tl.constexpr,
-    EPSILON: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One update of all tables; programs take the user table, then the item table, then the bias.
@@ -101,9 +103,6 @@ def adam_kernel(
         num_items: I.
         steps: rows of the rates.
         GROUP: floats in 16 bytes.
-        BETA_1: Adam's.
-        BETA_2: Adam's.
-        EPSILON: Adam's.
         BLOCK: elements a program.
     """
     program = tl.program_id(0)
@@ -127,9 +126,6 @@ def adam_kernel(
             offsets < user_size,
             step_size,
             inverse_root,
-            BETA_1,
-            BETA_2,
-            EPSILON,
         )
     elif program < user_programs + item_programs:
         offsets = (program - user_programs) * BLOCK + index
@@ -142,9 +138,6 @@ def adam_kernel(
             offsets < item_size,
             step_size,
             inverse_root,
-            BETA_1,
-            BETA_2,
-            EPSILON,
         )
     else:
         # Not an elif: this is decided when the kernel is compiled, the branches above when it runs.
@@ -159,9 +152,6 @@ def adam_kernel(
                 offsets < num_items,
                 step_size,
                 inverse_root,
-                BETA_1,
-                BETA_2,
-                EPSILON,
             )
     if program == 0:
         tl.store(counters_ptr, count)
@@ -186,6 +176,20 @@ def step_rates(first_count: int, counts: int, learning_rate: float) -> Tensor:
     return torch.stack([step_size, inverse_root], dim=1).float()
 
 
+def table_arguments(
+    parameters: Tables, gradients: Tables, moments_1: Tables, moments_2: Tables
+) -> dict[str, Any]:
+    """The arguments of a kernel that updates all tables."""
+    arguments: dict[str, Any] = {}
+    for name, field in (("users", "users"), ("items", "items"), ("bias", "item_bias")):
+        singular = {"users": "user", "items": "item"}.get(name, name)
+        arguments[f"{name}_ptr"] = getattr(parameters, field)
+        arguments[f"{singular}_gradients_ptr"] = getattr(gradients, field)
+        arguments[f"{singular}_moments_1_ptr"] = getattr(moments_1, field)
+        arguments[f"{singular}_moments_2_ptr"] = getattr(moments_2, field)
+    return arguments
+
+
 def adam_launch(
     parameters: Tables,
     gradients: Tables,
@@ -196,18 +200,11 @@ def adam_launch(
     counters: Tensor,
 ) -> Launch:
     """The kernel with its arguments; see `adam_kernel`."""
-    arguments: dict[str, Any] = {}
-    for name, field in (("users", "users"), ("items", "items"), ("bias", "item_bias")):
-        singular = {"users": "user", "items": "item"}.get(name, name)
-        arguments[f"{name}_ptr"] = getattr(parameters, field)
-        arguments[f"{singular}_gradients_ptr"] = getattr(gradients, field)
-        arguments[f"{singular}_moments_1_ptr"] = getattr(moments_1, field)
-        arguments[f"{singular}_moments_2_ptr"] = getattr(moments_2, field)
     return Launch(
         adam_kernel,
         sum(triton.cdiv(table.numel(), _BLOCK) for table in parameters),
         {
-            **arguments,
+            **table_arguments(parameters, gradients, moments_1, moments_2),
             "rates_ptr": rates,
             "counters_ptr": counters,
             "user_groups": parameters.users.numel() // ROW_ALIGNMENT,
@@ -215,9 +212,6 @@ def adam_launch(
             "num_items": len(parameters.items),
             "steps": len(rates),
             "GROUP": ROW_ALIGNMENT,
-            "BETA_1": BETA_1,
-            "BETA_2": BETA_2,
-            "EPSILON": EPSILON,
             "BLOCK": _BLOCK,
         },
         _NUM_WARPS,

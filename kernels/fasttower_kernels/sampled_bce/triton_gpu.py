@@ -16,7 +16,7 @@ sum whatever the order.
 """
 
 # Constants of a kernel are written in capitals, and arguments get their types when it is launched.
-# ruff: noqa: N803, N806, PLR0912, PLR0915
+# ruff: noqa: N803, N806, PLR0915
 # mypy: disallow-untyped-defs=False
 
 from __future__ import annotations
@@ -29,17 +29,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fasttower_kernels.errors import FastTowerError
 from fasttower_kernels.known_positives import KnownPositives
-from fasttower_kernels.negatives.triton_gpu import draw_quad, exclusion_arguments, exclusion_rows
+from fasttower_kernels.negatives.triton_gpu import draw_quad, exclusion_arguments
 from fasttower_kernels.philox import Key
 from fasttower_kernels.sampled_bce.settings import LossSettings
+from fasttower_kernels.sampled_bce.triton_batch import batch_exclusion, batch_positives
 from fasttower_kernels.sampled_bce.triton_segments import reduce_pairs
-from fasttower_kernels.shuffle.triton_gpu import row_bits, shuffle_rows
+from fasttower_kernels.shuffle.triton_gpu import row_bits
 from fasttower_kernels.tables import Interactions, Tables
 from fasttower_kernels.triton_launch import Launch, device_scope, signed_word
-
-MAX_WIDTH = 512
+from fasttower_kernels.triton_tiles import tile_of, warp_lanes
 
 
 class Output(IntEnum):
@@ -49,28 +48,6 @@ class Output(IntEnum):
     GRADIENTS = 1
     PAIRS = 2  # drawn items and their coefficients, for the deterministic reduction
 
-
-class Tile(NamedTuple):
-    """The shape of a program."""
-
-    positives: int
-    num_warps: int
-
-
-# By the width of a row, rounded up to a power of two, for warps of 32 lanes; those of 64 take twice the
-# positives. A thread holds 4 floats of each vector, one 16-byte load, and 8 or 16 of vectors with more than
-# 128. One warp a program makes the votes of the redraw loop free of barriers, and a program waits for its
-# own few redraws alone.
-TILES = {
-    4: Tile(32, 1),
-    8: Tile(16, 1),
-    16: Tile(8, 1),
-    32: Tile(4, 1),
-    64: Tile(2, 1),
-    128: Tile(1, 1),
-    256: Tile(1, 1),
-    512: Tile(1, 1),
-}
 
 _NOTHING = tl.constexpr(int(Output.NOTHING))
 _GRADIENTS = tl.constexpr(int(Output.GRADIENTS))
@@ -206,33 +183,25 @@ def sampled_bce_kernel(
     """
     program = tl.program_id(0)
     step = tl.load(counters_ptr)
-    begin = 0
-    if SHUFFLE:
-        # In 32 bits, as the step is in Philox's counter: a division of 64 bits is a call.
-        begin = (step.to(tl.uint32) % steps.to(tl.uint32)).to(tl.int32) * batch_size
-    length = tl.minimum(batch_size, num_rows - begin)
-
-    b = program * BLOCK_B + tl.arange(0, BLOCK_B)
-    there = b < length
-    row = tl.where(there, b + begin, 0)
-    if SHUFFLE:
-        row = shuffle_rows(row.to(tl.uint32), num_rows, bits, words_ptr + 2).to(tl.int32)
-    user_index = tl.load(user_index_ptr + row, mask=there, other=0).to(tl.int64)
-    item_index = tl.load(item_index_ptr + row, mask=there, other=0).to(tl.int64)
-
-    catalogue = b * 0 + num_items
+    b, there, length, user_index, item_index = batch_positives(
+        program,
+        step,
+        user_index_ptr,
+        item_index_ptr,
+        words_ptr,
+        num_rows,
+        batch_size,
+        steps,
+        bits,
+        BLOCK_B,
+        SHUFFLE,
+    )
     EXCLUDE: tl.constexpr = indptr_ptr is not None
     BITMAP: tl.constexpr = bitmap_ptr is not None
-    live = there
-    # Stand-ins that nothing reads.
-    known_row_ptr = user_index
-    degree = b
-    bitmap_row_ptr = user_index
-    if EXCLUDE:
-        known_row_ptr, degree, bitmap_row_ptr = exclusion_rows(
-            user_index, there, indptr_ptr, known_items_ptr, bitmap_ptr, bitmap_words
-        )
-        live = there & (degree < catalogue)
+    live, known_row_ptr, degree, bitmap_row_ptr = batch_exclusion(
+        b, there, user_index, num_items, indptr_ptr, known_items_ptr, bitmap_ptr, bitmap_words
+    )
+    catalogue = b * 0 + num_items
     if GATHERED:
         user_index = b.to(tl.int64)
 
@@ -334,29 +303,9 @@ def sampled_bce_kernel(
         tl.store(counters_ptr + 1, step + 1)
 
 
-def warp_lanes() -> int:
-    """Lanes of a warp on this machine's GPUs."""
-    return 32 if torch.version.hip is None else 64
-
-
-def tile_of(width: int, lanes: int) -> tuple[int, Tile]:
-    """The power of two that holds a row, and the shape of a program for warps of some lanes.
-
-    Raises:
-        FastTowerError: the row is too wide.
-    """
-    if width > MAX_WIDTH:
-        raise FastTowerError(
-            f"vectors have {width} dimensions; the triton backend takes {MAX_WIDTH}: choose backend torch."
-        )
-    block_d = triton.next_power_of_2(width)
-    positives, num_warps = TILES[block_d]
-    return block_d, Tile(positives * lanes // 32, num_warps)
-
-
 def num_programs(batch_size: int, width: int, lanes: int) -> int:
     """Programs of a launch, and slots of its losses."""
-    return triton.cdiv(batch_size, tile_of(width, lanes)[1].positives)
+    return triton.cdiv(batch_size, tile_of(width, lanes)[1].rows)
 
 
 def bce_launch(
@@ -412,7 +361,7 @@ def bce_launch(
         "item_l2": 4 * settings.l2 / pairs if settings.l2 else None,
         "WIDTH": width,
         "BLOCK_D": block_d,
-        "BLOCK_B": tile.positives,
+        "BLOCK_B": tile.rows,
         "SHUFFLE": shuffle,
         "GATHERED": gathered,
         "OUTPUT": int(output),

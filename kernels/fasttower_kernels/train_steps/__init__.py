@@ -51,7 +51,7 @@ def run_steps(
         float64 scalar on the CPU or the state's device: the BCE summed over the steps' pairs.
 
     Raises:
-        FastTowerError: the steps cross an epoch's end, or the backend cannot run here, or not this optimiser.
+        FastTowerError: the steps cross an epoch's end, or the backend cannot run here.
     """
     per_epoch = steps_per_epoch(len(interactions), settings.batch_size)
     if not 0 < num_steps <= per_epoch - first_step % per_epoch:
@@ -65,10 +65,6 @@ def run_steps(
 
         run = numba_cpu.run_steps
     elif name == "triton":
-        if settings.optimiser == "lazy_adam":
-            raise FastTowerError(
-                "optimiser is lazy_adam, which runs on backends torch and numba; choose adam for triton."
-            )
         from fasttower_kernels.train_steps import triton_gpu  # noqa: PLC0415 - Triton is optional
 
         run = triton_gpu.run_steps

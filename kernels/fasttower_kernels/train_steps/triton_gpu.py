@@ -1,6 +1,7 @@
 """Many steps on a GPU: two launches a step, and no word from the host inside a call.
 
-A step is the fused kernel and Adam. Both find their step in counters in device memory, derive the batch and
+A step is the fused kernel and Adam: after it all rows, or, lazily, before it those that the batch reads and
+all of them at the end of a call. Each finds its step in counters in device memory, derives the batch and
 its length from it, and so may be replayed by a CUDA graph at any step, the short last batch included. The
 host sends the keys of the epoch's order and Adam's step sizes before the first step, and gets the loss
 after the last one.
@@ -28,13 +29,14 @@ from fasttower_kernels.sampled_bce.triton_gpu import (
     add_pair_gradients,
     bce_launch,
     num_programs,
-    warp_lanes,
 )
 from fasttower_kernels.shuffle import epoch_key
 from fasttower_kernels.shuffle.triton_gpu import signed_round_keys
 from fasttower_kernels.tables import Interactions
+from fasttower_kernels.train_steps.lazy_triton_gpu import lazy_launches
 from fasttower_kernels.train_steps.state import StepSettings, TrainState, steps_per_epoch
 from fasttower_kernels.triton_launch import device_scope, signed_word
+from fasttower_kernels.triton_tiles import warp_lanes
 
 STEPS_A_GRAPH = 32
 """Steps captured together; what is left over is replayed one by one."""
@@ -237,6 +239,8 @@ class _Plan:
             rates=self.rates,
             counters=self.counters,
         )
+        lazy = settings.is_lazy(state.parameters)
+        self.lazy = lazy_launches(state, self.bce, self.rates) if lazy else None
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
 
     def run(self, first_step: int, num_steps: int, *, graphs: bool) -> Tensor:
@@ -244,7 +248,7 @@ class _Plan:
         self._send(first_step, num_steps)
         if self.pairs is not None:
             for step in range(first_step, first_step + num_steps):
-                self._deterministic_step(step, self.pairs)
+                self._step(step % self.steps)
         elif not graphs:
             self._steps(num_steps)
         else:
@@ -257,6 +261,8 @@ class _Plan:
                 for _ in range(num_steps // size):
                     graph.replay()
                 num_steps %= size
+        if self.lazy is not None:
+            self.lazy.at_the_end()
         return self.losses.sum()
 
     def _send(self, first_step: int, num_steps: int) -> None:
@@ -272,10 +278,25 @@ class _Plan:
             self.rates[first_batch : first_batch + num_steps],
         )
         self.losses.zero_()
+        if self.lazy is not None:
+            for stamps in self.lazy.stamps:
+                stamps.fill_(first_batch)
 
     def _steps(self, num_steps: int) -> None:
         for _ in range(num_steps):
-            self.bce()
+            self._step()
+
+    def _step(self, batch: int | None = None) -> None:
+        """One step. Without floating-point atomics the host must know which batch it is, for its length."""
+        if self.lazy is not None:
+            self.lazy.before()
+        self.bce()
+        if self.pairs is not None and batch is not None:
+            loss = self.inputs.settings.loss
+            length = min(self.batch_size, len(self.inputs.interactions) - batch * self.batch_size)
+            pairs = self.pairs.first(length, loss.num_negatives)
+            add_pair_gradients(self.parameters, self.gradients, pairs, loss)
+        if self.lazy is None:
             self.adam()
 
     def _capture(self, num_steps: int) -> torch.cuda.CUDAGraph:
@@ -283,14 +304,6 @@ class _Plan:
         with torch.cuda.graph(graph):
             self._steps(num_steps)
         return graph
-
-    def _deterministic_step(self, step: int, pairs: PairBuffers) -> None:
-        """One step without floating-point atomics; the host knows the length of the batch."""
-        loss, begin = self.inputs.settings.loss, step % self.steps * self.batch_size
-        length = min(self.batch_size, len(self.inputs.interactions) - begin)
-        self.bce()
-        add_pair_gradients(self.parameters, self.gradients, pairs.first(length, loss.num_negatives), loss)
-        self.adam()
 
 
 def _send(source: Tensor, target: Tensor) -> None:
