@@ -4,19 +4,19 @@
     FASTTOWER_DATA=... python -m benchmarks.against_implicit              measures
     FASTTOWER_DATA=... python -m benchmarks.against_implicit --select     chooses implicit's settings anew
 
-RePlay's ML-1M protocol (ratings >= 3, the last 20% of the time line is the test part), prepared by fasttower.
-Settings: fasttower's are its defaults. implicit's are chosen on validation parts alone, as fasttower's were in
-`benchmarks.selection`: over the grid, each point is trained for the same three validation cuts, and the point
+RePlay's ML-1M protocol (ratings >= 3, the last 20% of the time line is the test part), as fasttower prepares
+it. Settings: fasttower's are its defaults. implicit's are chosen on validation parts alone, as fasttower's
+were in `benchmarks.selection`: over the grid, each point is trained for the same three validation cuts, and the point
 and the epoch with the best mean validation NDCG@10 count (`results/implicit-ml-1m.json`, all curves in it).
 
-Quality: each way is trained on all rows before the test cut and RePlay reports on the test part. Among
-candidates fasttower chooses its L2 and epochs in every run, on the validation part of that run.
+Quality: each way is trained on all rows before the test cut, and RePlay reports on the test part. fasttower
+chooses its L2 among three and its epochs in every run, on that run's validation part.
 
 Time to a level: a way trains on the rows before the validation cut and its validation NDCG@10 is taken after
 every epoch. The levels are the best validation NDCG@10 of each way's curve (the mean of the repeats). The time
 to a level is what a repeat's training took until the end of the first epoch at or above it: wall time without
-evaluation, imports, compilation, and without any way's search for its settings, but for fasttower with the L2
-candidates that its run tries one after another. Reported is the median of the repeats that arrive, with how
+evaluation, imports and compilation; without the grid search, but with the three values of L2 that fasttower's
+run tries one after another. Reported is the median of the repeats that arrive, with how
 many did. Repeats have seeds of their own and are interleaved: one of each way, and again.
 """
 
@@ -26,15 +26,11 @@ import argparse
 import dataclasses
 import itertools
 import json
-import os
 import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-
-for library in ("OPENBLAS", "MKL"):  # implicit has threads of its own; its calls of BLAS are to have none
-    os.environ.setdefault(f"{library}_NUM_THREADS", "1")
 
 import implicit
 import numpy as np
@@ -42,6 +38,7 @@ import torch
 from implicit.cpu.als import AlternatingLeastSquares
 from implicit.cpu.bpr import BayesianPersonalizedRanking
 from scipy.sparse import csr_matrix
+from threadpoolctl import threadpool_limits
 
 from fasttower.config import PRESETS, Config
 from fasttower.data.preparation import PreparedData, prepare
@@ -87,12 +84,15 @@ class Factors(NamedTuple):
 
     @staticmethod
     def of(model: Any) -> Factors:
+        """Views of the model's arrays."""
         return Factors(torch.from_numpy(model.user_factors), torch.from_numpy(model.item_factors))
 
     def infer_users(self, user_index: torch.Tensor | None = None) -> torch.Tensor:
+        """Of all users, or of some."""
         return self.users if user_index is None else self.users[user_index]
 
     def infer_items(self) -> torch.Tensor:
+        """Of all items."""
         return self.items
 
 
@@ -196,10 +196,10 @@ def select(threads: int) -> None:
                 f"{time.perf_counter() - began:.0f} s",
                 flush=True,
             )
-        best = max(points, key=lambda point: point["best"])
-        chosen = {key: best[key] for key in grid}
-        result["models"][name] = {"settings": chosen, "epochs": best["epochs"], "points": points}
-        print(f"{name}: {chosen}, {best['epochs']} epochs")
+        winner = max(points, key=lambda point: point["best"])
+        chosen = {key: winner[key] for key in grid}
+        result["models"][name] = {"settings": chosen, "epochs": winner["epochs"], "points": points}
+        print(f"{name}: {chosen}, {winner['epochs']} epochs")
     RESULTS.write_text(json.dumps(result) + "\n")
 
 
@@ -245,8 +245,9 @@ def measure(repeats: int, threads: int) -> None:
     data = to_training_data(prepared, torch.device("cpu"))
     models = json.loads(RESULTS.read_text())["models"]
     print(
-        f"{len(data.train):,} training, {len(data.valid or ()):,} validation, {len(data.fit):,} rows before the "
-        f"test cut; {threads} threads; {', '.join(f'{name} {v}' for name, v in all_versions().items())}"
+        f"{len(data.train):,} training rows, {len(data.valid or ()):,} validation pairs, {len(data.fit):,} rows "
+        f"before the test cut; {threads} threads; "
+        + ", ".join(f"{name} {version}" for name, version in all_versions().items())
     )
     for name, chosen in models.items():
         print(f"{name}: {chosen['settings']}, {chosen['epochs']} epochs")
@@ -297,7 +298,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
-    with cpu_threads(arguments.threads) as threads:
+    # implicit has threads of its own, and wants BLAS to have none.
+    with cpu_threads(arguments.threads) as threads, threadpool_limits(1, "blas"):
         if arguments.select:
             select(threads)
         else:

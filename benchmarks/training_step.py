@@ -282,9 +282,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15, help="turns of each way")
     parser.add_argument("--compile", action="store_true", help="torch.compile too: half a minute more")
     parser.add_argument("--dataloader", action="store_true", help="the DataLoader way too: slow")
-    parser.add_argument(
-        "--threads", type=int, nargs="+", help="compare these numbers of threads, and no more"
-    )
+    parser.add_argument("--threads", type=int, nargs="+", help="compare these numbers of threads, no more")
     parser.add_argument("--data", help="a data set by name or path, instead of made-up rows")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
