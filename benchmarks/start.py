@@ -3,8 +3,8 @@
 A process imports what it needs and is timed from asking for one training step until that step is done, and
 again for the first validation loss, on MovieLens 1M's shape with the default preset's settings: known
 positives left out, item bias, L2. Cold, numba's cache folder is empty and all is compiled; cached, it holds
-what the process before compiled. With the other optimiser that `auto` may take, the same again. The best wall and CPU
-seconds of the repeats, each in processes and a folder of its own; the imports are timed apart.
+what the process before compiled. With the other optimiser that `auto` may take, the same again. The best wall
+and CPU seconds of the repeats, each in processes and a folder of its own; the imports are timed apart.
 """
 
 from __future__ import annotations
