@@ -7,7 +7,6 @@ from benchmarks import training_step as ways
 from fasttower_kernels.negatives import sample_negatives
 from fasttower_kernels.philox import seed_key
 from fasttower_kernels.sampled_bce import LossSettings, reference
-from fasttower_kernels.tables import Interactions
 from fasttower_kernels.train_steps import StepSettings, TrainState, run_steps
 
 POSITIVES_A_ROUND = 16_384
@@ -61,7 +60,7 @@ def test_training_step(benchmark_in, way, dim, batch_size, ml_1m_shape, known):
 def assert_right_loss(loss_of, dim, batch_size, data):
     """The loop's loss is the reference's, given the reference's negatives."""
     tables, key = ways.make_tables(dim, data), seed_key(1)
-    batch = Interactions(*(index[:batch_size] for index in vars(data.interactions).values()))
+    batch = data.batch(batch_size)
     users = batch.user_index.long()
     negatives = sample_negatives(users, ways.NUM_NEGATIVES, data.num_items, key=key, step=0)
     labels = torch.zeros(batch_size, 1 + ways.NUM_NEGATIVES)

@@ -79,8 +79,7 @@ def ml_1m_shape() -> Data:
 @pytest.fixture(scope="session")
 def known(ml_1m_shape: Data) -> KnownPositives:
     """Their users' known positives."""
-    data = ml_1m_shape
-    return KnownPositives.from_pairs(*vars(data.interactions).values(), data.num_users, data.num_items)
+    return ml_1m_shape.known_positives()
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,9 @@ The ways:
     compile             eager_mulsum's loss through torch.compile (--compile)
     dataloader          a Dataset that draws negatives row by row, behind a DataLoader (--dataloader)
     c_limit             benchmarks/c_limit.c through gcc where it is there: no shuffle, no exclusion, no bias
+
+With --threads 1 2, numba, numba_exclusion and eager_mulsum alone, with each number of threads, in wall time;
+that needs a machine that is otherwise idle.
 """
 
 from __future__ import annotations
@@ -53,6 +56,15 @@ class Data(NamedTuple):
     interactions: Interactions
     num_users: int
     num_items: int
+
+    def known_positives(self) -> KnownPositives:
+        """Of all rows."""
+        pairs = self.interactions.user_index, self.interactions.item_index
+        return KnownPositives.from_pairs(*pairs, self.num_users, self.num_items)
+
+    def batch(self, size: int) -> Interactions:
+        """The first rows."""
+        return Interactions(self.interactions.user_index[:size], self.interactions.item_index[:size])
 
 
 def make_data() -> Data:
@@ -215,8 +227,10 @@ def c_way(dim: int, batch_size: int, data: Data, folder: Path) -> Steps:
     return steps
 
 
-def best_ns(ways: dict[str, Steps], batch_size: int, repeats: int) -> dict[str, float]:
-    """CPU nanoseconds a positive of each way's best turn, in turns."""
+def best_ns(
+    ways: dict[str, Steps], batch_size: int, repeats: int, clock: Callable[[], int] = time.process_time_ns
+) -> dict[str, float]:
+    """Nanoseconds a positive of each way's best turn, in turns; CPU time if no other clock is given."""
     best = dict.fromkeys(ways, float("inf"))
     for steps in ways.values():
         steps(2)
@@ -224,10 +238,41 @@ def best_ns(ways: dict[str, Steps], batch_size: int, repeats: int) -> dict[str, 
         for name, steps in ways.items():
             fused = name.startswith(("numba", "c_"))
             count = max(2, (65_536 if fused else 16_384) // batch_size)
-            start = time.process_time_ns()
+            start = clock()
             steps(count)
-            best[name] = min(best[name], (time.process_time_ns() - start) / (count * batch_size))
+            best[name] = min(best[name], (clock() - start) / (count * batch_size))
     return best
+
+
+def compare_threads(counts: list[int], data: Data, repeats: int) -> None:
+    """Print what each number of threads makes of a way."""
+    known = data.known_positives()
+
+    def with_threads(count: int, steps: Steps) -> Steps:
+        def set_and_run(num_steps: int) -> None:
+            torch.set_num_threads(count)
+            steps(num_steps)
+
+        return set_and_run
+
+    for dim, batch_size in SHAPES:
+        ways = {}
+        for count in counts:
+            made = {
+                "numba": fasttower_way("numba", dim, batch_size, data),
+                "numba_exclusion": fasttower_way("numba", dim, batch_size, data, known),
+                "eager_mulsum": torch_way(loss_mulsum, dim, batch_size, data),
+            }
+            ways |= {f"{name} {count}": with_threads(count, steps) for name, steps in made.items()}
+        best = best_ns(ways, batch_size, repeats, time.perf_counter_ns)
+        print(f"\ndim {dim}, batch {batch_size}; ns a positive")
+        for name in made:
+            first = best[f"{name} {counts[0]}"]
+            columns = (
+                f"{count} threads {best[f'{name} {count}']:7.0f} ({first / best[f'{name} {count}']:.2f}x)"
+                for count in counts
+            )
+            print(f"  {name:16s} " + "   ".join(columns))
 
 
 def main() -> None:
@@ -237,18 +282,23 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15, help="turns of each way")
     parser.add_argument("--compile", action="store_true", help="torch.compile too: half a minute more")
     parser.add_argument("--dataloader", action="store_true", help="the DataLoader way too: slow")
+    parser.add_argument("--threads", type=int, nargs="+", help="compare these numbers of threads, no more")
     parser.add_argument("--data", help="a data set by name or path, instead of made-up rows")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     data = read_data(arguments.data) if arguments.data else make_data()
     rows = len(data.interactions)
-    known = KnownPositives.from_pairs(*vars(data.interactions).values(), data.num_users, data.num_items)
+    threads = ", ".join(map(str, arguments.threads or [1]))
     print(
-        f"{platform.machine()}, torch {torch.__version__}, numba {numba.__version__}, 1 thread; "
+        f"{platform.machine()}, torch {torch.__version__}, numba {numba.__version__}, {threads} threads; "
         f"{data.num_users} users, {data.num_items} items, {rows} positives, {NUM_NEGATIVES} negatives; "
-        f"CPU time, best of {arguments.repeats}"
+        f"{'wall' if arguments.threads else 'CPU'} time, best of {arguments.repeats}"
     )
+    if arguments.threads:
+        compare_threads(arguments.threads, data, arguments.repeats)
+        return
+    known = data.known_positives()
     with tempfile.TemporaryDirectory() as folder:
         for dim, batch_size in SHAPES:
             ways = {

@@ -72,6 +72,11 @@ def hashed(monkeypatch):
     return known
 
 
+def from_python(function):
+    """A function that only compiled code may call, for Python to call."""
+    return numba.njit(lambda *arguments: function(*arguments))  # noqa: PLW0108 - numba is to compile it
+
+
 def assert_close(ours, right, rtol=1e-5, atol=1e-6):
     for one, other in zip(ours, right, strict=True):
         torch.testing.assert_close(one, other, rtol=rtol, atol=atol)
@@ -93,7 +98,10 @@ def assert_close(ours, right, rtol=1e-5, atol=1e-6):
     ],
 )
 def test_philox_known_answers(counter, key, words):
-    assert philox.philox4x32(*map(np.uint32, (*key, *counter))) == words
+    assert from_python(philox.philox4x32)(*map(np.uint32, (*key, *counter))) == words
+
+
+gather = from_python(train_steps.gather)
 
 
 def ordered(n, key, begin=0, size=None):
@@ -103,7 +111,7 @@ def ordered(n, key, begin=0, size=None):
     rows, unused = np.zeros(size, np.uint32), np.zeros(size, np.uint32)
     index = np.arange(n, dtype=np.int32)
     shuffle = np.uint64(bits // 2), np.uint64(bits - bits // 2), np.array(round_keys(key), dtype=np.uint32)
-    train_steps.gather(index, index, np.uint64(begin), np.uint64(size), shuffle, rows, unused, np.uint64(0))
+    gather(index, index, np.uint64(begin), np.uint64(size), shuffle, rows, unused, np.uint64(0))
     return torch.from_numpy(rows.astype(np.int64))
 
 
@@ -299,19 +307,10 @@ def in_new_process(script):
     ).stdout.split()
 
 
-THREADS = """
-import numba, torch
-from fasttower_kernels.train_steps.numba_cpu import thread_count
-torch.set_num_threads(1)
-print(thread_count(10_000))
-torch.set_num_threads(7)
-print(thread_count(64), thread_count(10_000) - min(7, numba.get_num_threads()), torch.get_num_threads())
-"""
-
-
-def test_threads_are_those_of_torch_and_stay_so():
-    # In a process of its own: numba changes OpenMP's number of threads, which is torch's, once.
-    assert in_new_process(THREADS) == ["1", "1", "0", "7"]
+def test_threads_are_those_of_torch_and_have_a_tile_each():
+    assert train_steps.thread_count(10_000) == 1
+    torch.set_num_threads(7)
+    assert [train_steps.thread_count(size) for size in (1, 64, 65, 10_000)] == [1, 1, 2, 7]
 
 
 def test_transposed_tables_are_refused():
@@ -327,7 +326,7 @@ import torch
 torch.set_num_threads(1)
 from tests.test_numba_backend import run, train_steps
 run(train_steps, 3)
-stats = train_steps._compiled(train_steps.Variant(4, True, True, True, True), False).stats
+stats = train_steps._compiled(train_steps.Variant(4, True, True, True, True)).stats
 print(sum(stats.cache_hits.values()), sum(stats.cache_misses.values()))
 """
 

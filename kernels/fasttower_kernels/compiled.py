@@ -23,31 +23,31 @@ from fasttower_kernels.tables import Tables
 
 # numba's own annotations are about calls from Python; for code that it compiles they do not fit.
 njit: Any = numba.njit
-prange: Any = numba.prange
 intrinsic: Any = extending.intrinsic
 uint32: Any = numba.uint32
 uint64: Any = numba.uint64
 int32: Any = numba.int32
+int64: Any = numba.int64
 float32: Any = numba.float32
 
 Array = NDArray[Any]
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-OPTIONS: dict[str, Any] = {"error_model": "numpy", "boundscheck": False}
-"""Of every compiled function: without them its loops do not vectorise."""
+_LOOPS = {"error_model": "numpy", "boundscheck": False}  # without them loops do not vectorise
+
+OPTIONS: dict[str, Any] = _LOOPS | {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+"""Of every compiled function that compiled code alone may call. What would let Python call it, and without
+which Python's call crashes, takes a third of the time that compiling takes."""
 
 FAST = {"contract", "nsz", "arcp"}
 """What arithmetic may do. NaN and infinity stay what they are: a run that has diverged must show."""
-
-_ONLY_PRANGE = dict.fromkeys(
-    ("comprehension", "reduction", "inplace_binop", "setitem", "numpy", "stencil", "fusion"), False
-) | {"prange": True}
 
 
 def _fingerprint() -> int:
     folder = Path(__file__).parent
     digest = hashlib.blake2b(digest_size=7)
-    for name in ("compiled.py", "membership.py", "vector_rows.py", "*/*numba_cpu.py", "*/*reference.py"):
+    own = ("compiled.py", "membership.py", "threads.py", "vector_rows.py")
+    for name in (*own, "*/*numba_cpu.py", "*/*reference.py"):
         for path in sorted(folder.glob(name)):
             digest.update(path.read_bytes())
     return int.from_bytes(digest.digest(), "little")
@@ -57,13 +57,12 @@ SOURCES = _fingerprint()
 """A number that changes with the text of all that compiled code is made of."""
 
 
-def entry_point(function: Function, *, parallel: bool = False) -> Function:
+def entry_point(function: Function) -> Function:
     """Compile a function that Python calls, with the disk cache where there is a place for one."""
-    options = OPTIONS | {"nogil": True, "parallel": _ONLY_PRANGE if parallel else False}
     try:
-        compiled: Function = njit(cache=True, **options)(function)
+        compiled: Function = njit(cache=True, nogil=True, **_LOOPS)(function)
     except RuntimeError:  # neither the package's folder nor the user's cache folder can be written
-        compiled = njit(**options)(function)
+        compiled = njit(nogil=True, **_LOOPS)(function)
     return compiled
 
 

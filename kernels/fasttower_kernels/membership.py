@@ -76,7 +76,7 @@ def known_arrays(known_positives: KnownPositives | None) -> tuple[Any, ...]:
     return membership.bits, uint64(membership.words), membership.indptr, membership.items
 
 
-@njit(forceinline=True)
+@njit(forceinline=True, **OPTIONS)
 def _bit_index(item: int, exact: bool) -> int:
     return item if exact else uint32(item * uint32(2654435761)) >> uint32(_FILTER_SHIFT)
 

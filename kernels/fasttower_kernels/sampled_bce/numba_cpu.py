@@ -53,7 +53,7 @@ PREFETCHED_WORDS = 256
 _ROWS = 1 + CHUNK
 
 
-@njit(forceinline=True, error_model="numpy", fastmath={"contract", "nsz"})
+@njit(forceinline=True, fastmath={"contract", "nsz"}, **OPTIONS)
 def exp_negative(x: float) -> float:
     """e**x for float32 x <= 0, to 1 ulp or so; Cephes' expf. NaN stays NaN."""
     x = float32(-87.0) if x < float32(-87.0) else x
@@ -71,7 +71,7 @@ def exp_negative(x: float) -> float:
     return p * float_of_bits((bits_of_float(shifted) + int32(127)) << int32(23))
 
 
-@njit(forceinline=True, error_model="numpy", fastmath={"contract", "nsz"})
+@njit(forceinline=True, fastmath={"contract", "nsz"}, **OPTIONS)
 def log1p_positive(x: float) -> float:
     """log(1 + x) for float32 x in [0, 2**100], to 2 ulp or so; Cephes' logf. NaN stays NaN."""
     y = float32(1) + x
@@ -219,14 +219,14 @@ def add_batch(
     exclude: bool,
     exact: bool,
     has_l2: bool,
-    backward: bool,
     gathered: bool,
 ) -> float:
     """Add the gradients of some positives; return the sum of their BCE as float64.
 
     Args:
         parameters: users (U * P,), items (I * P,), item bias (I,) or empty, float32.
-        gradients: the same.
+        gradients: the same, or all empty for the BCE alone; no option of the compiler, so that training and
+            the validation loss share the compiled code.
         batch: (3, size + 2 * TILE), uint32: positions in the batch, users, items. What lies beyond ``size``
             is ignored, but the users there are valid: they are prefetched.
         size: uint64: how many positives.
@@ -239,7 +239,6 @@ def add_batch(
         exclude: the same.
         exact: the same.
         has_l2: the same.
-        backward: whether gradients are wanted.
         gathered: whether row b of the user table belongs to position b of the batch, whoever the user is.
     """
     num_negatives, num_items, k0, k1 = sampling
@@ -318,7 +317,7 @@ def add_batch(
             for w in range(here):
                 if weight[w] != float32(0):
                     loss += bce[w]
-            if backward:
+            if len(gradients[0]):
                 gradient_tile(
                     x,
                     items,
@@ -372,7 +371,7 @@ def variant_of(parameters: Tables, known_positives: KnownPositives | None, setti
 
 
 @lru_cache
-def _compiled(variant: Variant, backward: bool, gathered: bool, sources: int = SOURCES) -> Any:
+def _compiled(variant: Variant, gathered: bool, sources: int = SOURCES) -> Any:
     width, has_bias, exclude, exact, has_l2 = variant
 
     def run(
@@ -407,7 +406,6 @@ def _compiled(variant: Variant, backward: bool, gathered: bool, sources: int = S
             exclude,
             exact,
             has_l2,
-            backward,
             gathered,
         )
 
@@ -427,7 +425,7 @@ def _run(
     gathered: bool = False,
 ) -> Tensor:
     divisor = settings.divisor(max(1, len(batch)))
-    run = _compiled(variant_of(parameters, known_positives, settings), gradients is not None, gathered)
+    run = _compiled(variant_of(parameters, known_positives, settings), gathered)
     loss = run(
         flat_arrays(parameters),
         (empty(np.float32),) * 3 if gradients is None else flat_arrays(gradients),

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 
 from fasttower_kernels.adam.numba_cpu import ROWS_A_WORD, catch_up_rows, touched_rows, update_rows
-from fasttower_kernels.compiled import OPTIONS, SOURCES, Array, entry_point, njit, prange, uint32, uint64
+from fasttower_kernels.compiled import OPTIONS, SOURCES, Array, entry_point, njit, uint32, uint64
 from fasttower_kernels.negatives.numba_cpu import TILE, count_free, draw_tile, redraw_touched
 from fasttower_kernels.sampled_bce.numba_cpu import CHUNK, Variant, add_batch
 from fasttower_kernels.tables import Tables
+from fasttower_kernels.threads import wait
 from fasttower_kernels.train_steps.batch_numba_cpu import gather, scales_of, take_own
 
 
@@ -149,7 +150,7 @@ def update_touched_piece(
 
 
 @lru_cache
-def compiled_lazy(variant: Variant, threaded: bool, sources: int = SOURCES) -> Any:
+def compiled_lazy(variant: Variant, sources: int = SOURCES) -> Any:
     """The compiled call for a variant: a dense call's arguments, then marks, updates seen and decays."""
     width, has_bias, exclude, exact, has_l2 = variant
 
@@ -175,85 +176,86 @@ def compiled_lazy(variant: Variant, threaded: bool, sources: int = SOURCES) -> A
         touched: Any,
         last: Any,
         decay: Array,
+        counter: Array,
+        thread: int,
     ) -> None:
-        _ = sources, threaded
+        _ = sources
         threads = uint64(len(own))
-        counts = np.zeros(len(own), dtype=np.uint64)
-        for part in range(5 * len(adam_scales) + 1):
-            for worker in prange(len(own)):
-                thread = uint64(worker)
-                i = uint64(part // 5)
-                begin = (uint64(first_batch) + i) * uint64(batch_size)
-                size = min(uint64(batch_size), uint64(len(user_index)) - begin)
-                if i == uint64(len(adam_scales)) or part % 5 == 2:
-                    if part % 5 == 0:  # the steps are done: every row
-                        mark_piece(touched[0], thread, threads, 1)
-                        mark_piece(touched[1], thread, threads, 1)
-                    catch_up_piece(
-                        parameters,
-                        moments_1,
-                        moments_2,
-                        last,
-                        touched,
-                        thread,
-                        threads,
-                        i,
-                        adam_scales,
-                        decay,
-                        width,
-                        has_bias,
-                    )
-                elif part % 5 == 0:
-                    low, high = size * thread // threads, size * (thread + uint64(1)) // threads
-                    gather(user_index, item_index, begin + low, high - low, shuffle, users, positives, low)
-                elif part % 5 == 1:
-                    counts[thread] = take_own(users, positives, size, thread, threads, own[thread])
-                    mark_rows(
-                        own[thread],
-                        counts[thread],
-                        known,
-                        negatives,
-                        uint32(uint64(first_step) + i),
-                        touched[0],
-                        touched[1],
-                        exclude,
-                        exact,
-                    )
-                elif part % 5 == 3:
-                    sums[thread] += add_batch(
-                        parameters,
-                        (gradients[0][0], gradients[1][thread], gradients[2][thread]),
-                        own[thread],
-                        counts[thread],
-                        known,
-                        negatives,
-                        uint32(uint64(first_step) + i),
-                        scales_of(size, negatives[0], loss[0], loss[1]),
-                        width,
-                        has_bias,
-                        exclude,
-                        exact,
-                        has_l2,
-                        True,
-                        False,
-                    )
-                else:
-                    update_touched_piece(
-                        parameters,
-                        gradients,
-                        moments_1,
-                        moments_2,
-                        last,
-                        touched,
-                        thread,
-                        threads,
-                        i,
-                        adam_scales,
-                        width,
-                        has_bias,
-                    )
+        num_steps = uint64(len(adam_scales))
+        for i in range(num_steps + uint64(1)):
+            count = uint64(0)
+            begin = (uint64(first_batch) + i) * uint64(batch_size)
+            size = min(uint64(batch_size), uint64(len(user_index)) - begin)
+            if i < num_steps:
+                low, high = size * thread // threads, size * (thread + uint64(1)) // threads
+                gather(user_index, item_index, begin + low, high - low, shuffle, users, positives, low)
+                wait(counter, len(own))
+                count = take_own(users, positives, size, thread, threads, own[thread])
+                mark_rows(
+                    own[thread],
+                    count,
+                    known,
+                    negatives,
+                    uint32(uint64(first_step) + i),
+                    touched[0],
+                    touched[1],
+                    exclude,
+                    exact,
+                )
+                wait(counter, len(own))
+            else:  # the steps are done: every row
+                mark_piece(touched[0], thread, threads, 1)
+                mark_piece(touched[1], thread, threads, 1)
+            catch_up_piece(
+                parameters,
+                moments_1,
+                moments_2,
+                last,
+                touched,
+                thread,
+                threads,
+                i,
+                adam_scales,
+                decay,
+                width,
+                has_bias,
+            )
+            if i == num_steps:
+                break
+            wait(counter, len(own))
+            sums[thread] += add_batch(
+                parameters,
+                (gradients[0][0], gradients[1][thread], gradients[2][thread]),
+                own[thread],
+                count,
+                known,
+                negatives,
+                uint32(uint64(first_step) + i),
+                scales_of(size, negatives[0], loss[0], loss[1]),
+                width,
+                has_bias,
+                exclude,
+                exact,
+                has_l2,
+                False,
+            )
+            wait(counter, len(own))
+            update_touched_piece(
+                parameters,
+                gradients,
+                moments_1,
+                moments_2,
+                last,
+                touched,
+                thread,
+                threads,
+                i,
+                adam_scales,
+                width,
+                has_bias,
+            )
 
-    return entry_point(run, parallel=threaded)
+    return entry_point(run)
 
 
 def row_arrays(parameters: Tables) -> tuple[tuple[Array, ...], tuple[Array, ...]]:

@@ -1,9 +1,10 @@
 """Many steps in one compiled call.
 
-With T threads a step has three parts, each shared out among them: the batch is gathered, a piece each; each
-thread takes the positives of its own users (user mod T) and adds to the users' gradients, which nobody else
-touches, and to its own copy of the items' gradients; Adam takes a piece of the tables each and first adds up
-the copies, in the threads' order. So a run repeats bit for bit for a given number of threads.
+With T threads a step has three parts, each shared out among them, and between two of which they wait for each
+other: the batch is gathered, a piece each; each thread takes the positives of its own users (user mod T) and
+adds to the users' gradients, which nobody else touches, and to its own copy of the items' gradients; Adam
+takes a piece of the tables each and first adds up the copies, in the threads' order. So a run repeats bit for
+bit for a given number of threads.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import math
 from functools import lru_cache
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
@@ -26,7 +26,6 @@ from fasttower_kernels.compiled import (
     flat_arrays,
     float32,
     njit,
-    prange,
     uint32,
     uint64,
 )
@@ -38,6 +37,7 @@ from fasttower_kernels.sampled_bce.numba_cpu import Variant, add_batch, variant_
 from fasttower_kernels.shuffle import epoch_key
 from fasttower_kernels.shuffle.reference import round_keys
 from fasttower_kernels.tables import Interactions
+from fasttower_kernels.threads import run_in_threads, wait
 from fasttower_kernels.train_steps.batch_numba_cpu import gather, scales_of, take_own
 from fasttower_kernels.train_steps.lazy_numba_cpu import compiled_lazy, row_arrays
 from fasttower_kernels.train_steps.state import StepSettings, TrainState, steps_per_epoch
@@ -70,7 +70,7 @@ def update_piece(
 
 
 @lru_cache
-def _compiled(variant: Variant, threaded: bool, sources: int = SOURCES) -> Any:
+def _compiled(variant: Variant, sources: int = SOURCES) -> Any:
     width, has_bias, exclude, exact, has_l2 = variant
 
     def run(
@@ -92,62 +92,53 @@ def _compiled(variant: Variant, threaded: bool, sources: int = SOURCES) -> Any:
         positives: Array,
         own: Array,
         sums: Array,
+        counter: Array,
+        thread: int,
     ) -> None:
-        _ = sources, threaded
+        _ = sources
         threads = uint64(len(own))
-        for part in range(3 * len(adam_scales)):
-            for worker in prange(len(own)):
-                thread = uint64(worker)
-                i = uint64(part // 3)
-                begin = (uint64(first_batch) + i) * uint64(batch_size)
-                size = min(uint64(batch_size), uint64(len(user_index)) - begin)
-                if part % 3 == 0:
-                    low, high = size * thread // threads, size * (thread + uint64(1)) // threads
-                    gather(user_index, item_index, begin + low, high - low, shuffle, users, positives, low)
-                elif part % 3 == 1:
-                    sums[thread] += add_batch(
-                        parameters,
-                        (gradients[0][0], gradients[1][thread], gradients[2][thread]),
-                        own[thread],
-                        take_own(users, positives, size, thread, threads, own[thread]),
-                        known,
-                        negatives,
-                        uint32(uint64(first_step) + i),
-                        scales_of(size, negatives[0], loss[0], loss[1]),
-                        width,
-                        has_bias,
-                        exclude,
-                        exact,
-                        has_l2,
-                        True,
-                        False,
-                    )
-                else:
-                    for table in range(3):
-                        n = uint64(len(parameters[table]))
-                        update_piece(
-                            parameters[table],
-                            gradients[table],
-                            moments_1[table],
-                            moments_2[table],
-                            n * thread // threads,
-                            n * (thread + uint64(1)) // threads,
-                            adam_scales[i, 0],
-                            adam_scales[i, 1],
-                        )
+        for i in range(uint64(len(adam_scales))):
+            begin = (uint64(first_batch) + i) * uint64(batch_size)
+            size = min(uint64(batch_size), uint64(len(user_index)) - begin)
+            low, high = size * thread // threads, size * (thread + uint64(1)) // threads
+            gather(user_index, item_index, begin + low, high - low, shuffle, users, positives, low)
+            wait(counter, len(own))
+            sums[thread] += add_batch(
+                parameters,
+                (gradients[0][0], gradients[1][thread], gradients[2][thread]),
+                own[thread],
+                take_own(users, positives, size, thread, threads, own[thread]),
+                known,
+                negatives,
+                uint32(uint64(first_step) + i),
+                scales_of(size, negatives[0], loss[0], loss[1]),
+                width,
+                has_bias,
+                exclude,
+                exact,
+                has_l2,
+                False,
+            )
+            wait(counter, len(own))
+            for table in range(3):
+                n = uint64(len(parameters[table]))
+                update_piece(
+                    parameters[table],
+                    gradients[table],
+                    moments_1[table],
+                    moments_2[table],
+                    n * thread // threads,
+                    n * (thread + uint64(1)) // threads,
+                    adam_scales[i, 0],
+                    adam_scales[i, 1],
+                )
 
-    return entry_point(run, parallel=threaded)
+    return entry_point(run)
 
 
 def thread_count(batch_size: int) -> int:
-    """T: the threads that torch and numba may both use, and no more than the batch has tiles."""
-    allowed = torch.get_num_threads()
-    threads = min(allowed, math.ceil(batch_size / TILE))
-    if threads > 1:
-        threads = min(threads, numba.get_num_threads())
-        # The call above starts numba's threads, which sets OpenMP's number of threads for torch too.
-        torch.set_num_threads(allowed)
-    return threads
+    """T: the threads that torch may use, and no more than the batch has tiles."""
+    return min(torch.get_num_threads(), math.ceil(batch_size / TILE))
 
 
 def run_steps(
@@ -195,7 +186,8 @@ def run_steps(
         sums,
     )
     if settings.is_lazy(state.parameters):
-        compiled_lazy(variant, threads > 1)(*arguments, *row_arrays(state.parameters), decays(num_steps))
+        lazy = (*row_arrays(state.parameters), decays(num_steps))
+        run_in_threads(compiled_lazy(variant), (*arguments, *lazy), threads)
     else:
-        _compiled(variant, threads > 1)(*arguments)
+        run_in_threads(_compiled(variant), arguments, threads)
     return torch.tensor(sums.sum(), dtype=torch.float64)
