@@ -153,7 +153,10 @@ def time_split(ratings):
 def popularity_figures(fit, test):
     """RePlay's figures for popularity, by rank and by count, and those computed on the device."""
     users, items = (
-        fit.select(f"{side}_id").unique().sort(f"{side}_id").with_row_index(f"{side}_index")
+        fit.select(f"{side}_id")
+        .unique()
+        .sort(f"{side}_id")
+        .with_columns(pl.int_range(pl.len()).alias(f"{side}_index"))
         for side in ("user", "item")
     )
     test = test.select("user_id", "item_id").unique()
