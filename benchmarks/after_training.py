@@ -111,8 +111,8 @@ def updating(
     update_s = time.perf_counter() - began
     counts = updated.metrics["updates"][-1]
     print(
-        f"update: {counts['rows']:,} rows, {counts['new_users']:,} new users, {counts['new_items']:,} new items, "
-        f"{update_s:.2f} s; a run on all rows from the start: {whole_s:.2f} s"
+        f"update: {counts['rows']:,} rows, {counts['new_users']:,} new users, {counts['new_items']:,} new "
+        f"items: {update_s:.2f} s; a run on all rows from the start: {whole_s:.2f} s"
     )
     for name, run in (("before", old), ("updated", updated), ("from the start", whole)):
         found = run.evaluate(test)
