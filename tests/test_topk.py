@@ -1,11 +1,11 @@
-"""Top-K against an exact oracle: ties, seen items, chunks, padded tables and refusals."""
+"""Top-K: what it means, on every device, and what it refuses."""
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
+from topk_oracle import assert_equal, integers, oracle, random_seen
 
 from fasttower_kernels.errors import FastTowerError
 from fasttower_kernels.known_positives import KnownPositives
@@ -15,88 +15,6 @@ DEVICES = [
     "cpu",
     pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")),
 ]
-
-
-def oracle(user_vectors, item_vectors, k, *, item_bias=None, seen=None, seen_users=None):
-    """Sort everything in float64 by (-score, index); seen items are dropped, absent slots are (-1, -inf)."""
-    scores = user_vectors.double().cpu().numpy() @ item_vectors.double().cpu().numpy().T
-    if item_bias is not None:
-        scores = scores + item_bias.double().cpu().numpy()
-    items = np.full((len(scores), k), -1, dtype=np.int32)
-    best = np.full((len(scores), k), -np.inf, dtype=np.float32)
-    for row, row_scores in enumerate(scores):
-        order = np.lexsort((np.arange(len(row_scores)), -row_scores))
-        if seen is not None:
-            user = int(seen_users[row])
-            order = order[
-                ~np.isin(order, seen.items[seen.indptr[user] : seen.indptr[user + 1]].cpu().numpy())
-            ]
-        order = order[:k]
-        items[row, : len(order)] = order
-        best[row, : len(order)] = row_scores[order]
-    return items, best
-
-
-def assert_equal(result, expected):
-    items, scores = expected
-    assert result.items.dtype == torch.int32
-    assert result.scores.dtype == torch.float32
-    np.testing.assert_array_equal(result.items.cpu().numpy(), items)
-    np.testing.assert_array_equal(result.scores.cpu().numpy(), scores)
-
-
-def integers(generator, low, high, *shape):
-    """Small integers as floats: sums and products of them are exact, whatever the order of summation."""
-    return torch.from_numpy(generator.integers(low, high, shape).astype(np.float32))
-
-
-def padded(vectors, width):
-    """The same values as a view of wider storage, whose padding would be noticed if it were read."""
-    storage = torch.full((len(vectors), width), torch.nan)
-    storage[:, : vectors.shape[1]] = vectors
-    return storage[:, : vectors.shape[1]]
-
-
-def random_seen(generator, num_users, num_items, share):
-    pairs = np.argwhere(generator.random((num_users, num_items)) < share)
-    return KnownPositives.from_pairs(
-        torch.from_numpy(pairs[:, 0]), torch.from_numpy(pairs[:, 1]), num_users, num_items
-    )
-
-
-@settings(max_examples=150, deadline=None)
-@given(
-    seed=st.integers(0, 2**32 - 1),
-    num_users=st.integers(0, 9),
-    num_items=st.integers(1, 40),
-    dim=st.integers(1, 5),
-    k=st.integers(1, 45),
-    spread=st.integers(1, 4),
-    seen_share=st.sampled_from([0.0, 0.3, 0.9, 1.0]),
-    bias=st.booleans(),
-    memory_budget_bytes=st.sampled_from([1, 700, 3000, 2**20]),
-)
-def test_equals_the_oracle_with_planted_ties(
-    *, seed, num_users, num_items, dim, k, spread, seen_share, bias, memory_budget_bytes
-):
-    generator = np.random.default_rng(seed)
-    users = padded(integers(generator, -spread, spread + 1, num_users, dim), dim + 3)
-    items = padded(integers(generator, -spread, spread + 1, num_items, dim), dim + 2)
-    item_bias = integers(generator, -1, 2, num_items) if bias else None
-    seen = random_seen(generator, 6, num_items, seen_share)
-    rows = torch.from_numpy(generator.integers(0, 6, num_users).astype(np.int32))
-
-    result = top_k(
-        users,
-        items,
-        k=k,
-        item_bias=item_bias,
-        seen=seen,
-        seen_users=rows,
-        memory_budget_bytes=memory_budget_bytes,
-    )
-
-    assert_equal(result, oracle(users, items, k, item_bias=item_bias, seen=seen, seen_users=rows))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -191,39 +109,6 @@ def test_scores_are_those_of_a_plain_matmul():
     )
 
 
-class LargestTensor(TorchDispatchMode):
-    """Records the bytes of the largest tensor that any operation returns."""
-
-    def __init__(self):
-        super().__init__()
-        self.num_bytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(tensor, torch.Tensor):
-                self.num_bytes = max(self.num_bytes, tensor.untyped_storage().nbytes())
-        return result
-
-
-def test_memory_is_bounded_by_the_chunk_also_where_every_row_is_tied():
-    num_users, num_items = 500, 400
-    users, items = torch.ones(num_users, 1), torch.ones(num_items, 1)
-    seen = random_seen(np.random.default_rng(0), num_users, num_items, 0.05)
-    memory_budget_bytes = 64_000  # ten rows of scores; all of them would be 800 kB
-    with LargestTensor() as largest:
-        top_k(
-            users,
-            items,
-            k=5,
-            seen=seen,
-            seen_users=torch.arange(num_users),
-            memory_budget_bytes=memory_budget_bytes,
-        )
-    # The pairs of seen, which are the caller's, and the result, R x K, are allowed beside the chunk.
-    assert largest.num_bytes <= max(memory_budget_bytes, 8 * len(seen.indptr), 4 * len(seen.items))
-
-
 ONE_SEEN = KnownPositives.from_pairs(torch.tensor([0]), torch.tensor([1]), 2, 4)
 
 
@@ -232,6 +117,11 @@ ONE_SEEN = KnownPositives.from_pairs(torch.tensor([0]), torch.tensor([1]), 2, 4)
     [
         ({"k": 0}, "k is 0"),
         ({"memory_budget_bytes": 0}, "memory_budget_bytes is 0"),
+        ({"backend": "triton"}, "no top-K; choose auto, torch or numba"),
+        ({"backend": "cuda"}, "backend is 'cuda'"),
+        ({"candidates": torch.ones(4)}, "candidates are torch.float32 of shape \\(4,\\)"),
+        ({"candidates": torch.ones(3, dtype=torch.bool)}, "expected bool of shape \\(4,\\)"),
+        ({"candidates": torch.ones(4, dtype=torch.bool, device="meta")}, "use one device"),
         ({"user_vectors": torch.tensor([[1.0, torch.nan]])}, "user_vectors hold NaN or infinity"),
         ({"item_vectors": torch.full((4, 2), -torch.inf)}, "item_vectors hold NaN or infinity"),
         ({"item_bias": torch.tensor([0.0, 0.0, torch.nan, 0.0])}, "item_bias hold NaN or infinity"),

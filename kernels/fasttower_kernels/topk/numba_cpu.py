@@ -25,8 +25,8 @@ from fasttower_kernels.topk.tiles import Catalogue, Tile
 _ROWS, _COLUMNS = 512, 1024
 """Of a tile, where memory and the number of users allow: 2 MiB, measured."""
 
-_LEAST = 16
-"""Rows and columns of a matmul at least: with fewer, MKL takes other ways, which round otherwise."""
+_LEAST_ROWS, _LEAST_COLUMNS = 4, 16
+"""Of a matmul: with fewer, MKL takes other ways, which round otherwise."""
 
 
 class _Shape(NamedTuple):
@@ -44,16 +44,17 @@ def _shape(num_users: int, catalogue: Catalogue, threads: int, budget_bytes: int
 
     def num_bytes(rows: int, columns: int) -> int:
         # Of a row two cursors, of a column its bias twice and its mask, and of a gathered one its vector.
-        return 4 * rows * columns + 32 * rows + (16 + 4 * dim * gathered) * columns + 4 * 2 * _LEAST * dim
+        padding = 4 * dim * (_LEAST_ROWS + _LEAST_COLUMNS)
+        return 4 * rows * columns + 32 * rows + (16 + 4 * dim * gathered) * columns + padding
 
-    rows = max(_LEAST, min(_ROWS, math.ceil(num_users / threads)))
+    rows = max(_LEAST_ROWS, min(_ROWS, math.ceil(num_users / threads)))
     needed = BLOCK * math.ceil(len(catalogue) / BLOCK)
     columns = min(needed, _ROWS * _COLUMNS // rows // BLOCK * BLOCK)
-    while num_bytes(rows, columns) > budget_bytes and (rows, columns) != (_LEAST, BLOCK):
-        if columns > max(rows, BLOCK) or rows == _LEAST:
+    while num_bytes(rows, columns) > budget_bytes and (rows, columns) != (_LEAST_ROWS, BLOCK):
+        if columns > max(rows, BLOCK) or rows == _LEAST_ROWS:
             columns = max(BLOCK, columns // 2 // BLOCK * BLOCK)
         else:
-            rows = max(_LEAST, rows // 2)
+            rows = max(_LEAST_ROWS, rows // 2)
     return _Shape(rows, columns, num_bytes(rows, columns))
 
 
@@ -81,10 +82,10 @@ class _Worker:
         else:
             cursors, ends = seen.indptr[rows].numpy(), seen.indptr[rows + 1].numpy()
             seen_items = seen.items.numpy()
-        users = _at_least(users)
+        users = _at_least(_LEAST_ROWS, users)
         for begin in range(0, len(catalogue), self._stride):
             tile = catalogue.tile(begin, begin + self._stride)
-            vectors = _at_least(tile.vectors)
+            vectors = _at_least(_LEAST_COLUMNS, tile.vectors)
             torch.mm(users, vectors.T, out=self._tile[: len(users), : len(vectors)])
             self._scan(tile, cursors, ends, seen_items, items, scores)
         sort_heaps()(items, scores)
@@ -110,9 +111,9 @@ class _Worker:
         )
 
 
-def _at_least(vectors: Tensor) -> Tensor:
-    """The vectors, with zeros after them where they are fewer than a matmul should have."""
-    missing = _LEAST - len(vectors)
+def _at_least(count: int, vectors: Tensor) -> Tensor:
+    """The vectors, with zeros after them where they are fewer."""
+    missing = count - len(vectors)
     return F.pad(vectors, (0, 0, 0, missing)) if missing > 0 else vectors
 
 
@@ -140,14 +141,16 @@ def top_k_numba(
     def run(start: int) -> None:
         some = slice(start, start + shape.rows)
         worker = idle.get()
-        worker.run(
-            user_vectors[some],
-            catalogue,
-            seen,
-            None if seen_users is None else seen_users[some],
-            TopK(found.items[some], found.scores[some]),
-        )
-        idle.put(worker)
+        try:
+            worker.run(
+                user_vectors[some],
+                catalogue,
+                seen,
+                None if seen_users is None else seen_users[some],
+                TopK(found.items[some], found.scores[some]),
+            )
+        finally:
+            idle.put(worker)
 
     # What is set here is this thread's number and that of threads which start later.
     torch.set_num_threads(1)

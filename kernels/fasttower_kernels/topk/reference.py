@@ -12,12 +12,16 @@ from fasttower_kernels.topk.tiles import Catalogue, Tile
 
 # One score of a tile is 4 bytes; mending a tied row needs a copy, a running count and three masks beside it.
 _BYTES_PER_SCORE = 16
+# The bias of an item and its mask; a gathered vector comes on top.
+_BYTES_PER_COLUMN = 16
 # The K best of the tile and those so far, as scores and items, before and after they are sorted together.
 _BYTES_PER_BEST = 64
 # Leaving out one seen item takes its number, its row, its column, and which of those are in the tile.
 _BYTES_PER_SEEN = 48
 _MOST_COLUMNS = 1 << 16
-_FEWEST_COLUMNS = 16
+# However small the budget is: below, calls would be all that time goes to.
+_FEWEST_COLUMNS = 256
+_FEWEST_SEEN = 1024
 
 
 class TopK(NamedTuple):
@@ -51,7 +55,7 @@ def top_k_torch(
     The K best of a tile of items join the K best of the tiles before it.
     """
     found = TopK.empty(len(user_vectors), k, user_vectors.device)
-    rows, columns = _tile_shape(len(catalogue), k, budget_bytes)
+    rows, columns = _tile_shape(catalogue, k, budget_bytes)
     for begin in range(0, len(user_vectors), rows):
         some = slice(begin, begin + rows)
         users = user_vectors[some]
@@ -62,16 +66,20 @@ def top_k_torch(
             if tile.bias is not None:
                 scores += tile.bias
             if seen is not None and seen_users is not None:
-                most = max(1, scores.numel() * _BYTES_PER_SCORE // (2 * _BYTES_PER_SEEN))
+                most = max(_FEWEST_SEEN, scores.numel() * _BYTES_PER_SCORE // (2 * _BYTES_PER_SEEN))
                 _leave_out_seen(scores, tile, seen, seen_users[some], most)
             _join(best, tile, *_best_of_tile(scores, min(k, scores.shape[1])))
     return found
 
 
-def _tile_shape(num_columns: int, k: int, budget_bytes: int) -> tuple[int, int]:
-    """Users and items of a tile, which takes half the budget for one user at most while that is possible."""
-    columns = min(num_columns, _MOST_COLUMNS, max(_FEWEST_COLUMNS, budget_bytes // (2 * _BYTES_PER_SCORE)))
-    return max(1, budget_bytes // (_BYTES_PER_SCORE * columns + _BYTES_PER_BEST * k)), max(1, columns)
+def _tile_shape(catalogue: Catalogue, k: int, budget_bytes: int) -> tuple[int, int]:
+    """Users and items of a tile; what one user and the items alone take is half the budget at most."""
+    gathered = 0 if catalogue.index is None else 4 * catalogue.vectors.shape[1]
+    per_column = _BYTES_PER_COLUMN + gathered
+    fitting = budget_bytes // (2 * (_BYTES_PER_SCORE + per_column))
+    columns = max(1, min(len(catalogue), _MOST_COLUMNS, max(_FEWEST_COLUMNS, fitting)))
+    rows = (budget_bytes - per_column * columns) // (_BYTES_PER_SCORE * columns + _BYTES_PER_BEST * k)
+    return max(1, rows), columns
 
 
 def _leave_out_seen(scores: Tensor, tile: Tile, seen: KnownPositives, users: Tensor, most: int) -> None:

@@ -1,0 +1,297 @@
+"""Top-K does not depend on how its work is cut up: tiles, budgets, threads, backends; the budget is kept."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from topk_oracle import assert_equal, integers, oracle, padded, random_seen
+
+from fasttower_kernels.topk import top_k
+from fasttower_kernels.topk.tiles import Catalogue
+
+try:
+    from fasttower_kernels.topk import numba_cpu, scan_numba_cpu
+except ImportError:
+    numba_cpu = None
+
+needs_numba = pytest.mark.skipif(numba_cpu is None, reason="no numba")
+BACKENDS = ["torch", pytest.param("numba", marks=needs_numba)]
+# One user and some items at a time, some of both, and everything at once.
+BUDGETS = [1, 3_000, 50_000, 2**26]
+
+
+@pytest.fixture(autouse=True)
+def threads_as_before():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=120, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    num_users=st.sampled_from([0, 1, 2, 5, 17]),
+    num_items=st.sampled_from([1, 2, 3, 16, 41, 255, 256, 257, 700, 1301]),
+    dim=st.integers(1, 5),
+    k=st.sampled_from([1, 2, 3, 10, 64, 300]),
+    spread=st.integers(1, 4),
+    seen_share=st.sampled_from([None, 0.0, 0.02, 0.3, 0.9, 1.0]),
+    candidate_share=st.sampled_from([None, 0.0, 0.01, 0.5, 0.95, 1.0]),
+    bias=st.booleans(),
+    budget=st.sampled_from(BUDGETS),
+    threads=st.sampled_from([1, 2, 3]),
+)
+def test_equals_the_oracle_with_planted_ties(
+    *, seed, backend, num_users, num_items, dim, k, spread, seen_share, candidate_share, bias, budget, threads
+):
+    generator = np.random.default_rng(seed)
+    users = padded(integers(generator, -spread, spread + 1, num_users, dim), dim + 3)
+    items = padded(integers(generator, -spread, spread + 1, num_items, dim), dim + 2)
+    given = {}
+    if bias:
+        given["item_bias"] = integers(generator, -1, 2, num_items)
+    if seen_share is not None:
+        given["seen"] = random_seen(generator, 6, num_items, seen_share)
+        given["seen_users"] = torch.from_numpy(generator.integers(0, 6, num_users).astype(np.int32))
+    if candidate_share is not None:
+        given["candidates"] = torch.from_numpy(generator.random(num_items) < candidate_share)
+    torch.set_num_threads(threads)
+
+    result = top_k(users, items, k=k, memory_budget_bytes=budget, backend=backend, **given)
+
+    assert torch.get_num_threads() == threads
+    assert_equal(result, oracle(users, items, k, **given))
+    # Bits, too: 0.0 is never -0.0.
+    assert not torch.signbit(result.scores[result.scores == 0]).any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_ties_across_tiles_go_to_the_smaller_index(backend, budget):
+    # One level, two levels, each level better than all before it, and each worse.
+    num_items = 5000
+    levels = [np.zeros(num_items), np.arange(num_items) // 7 % 2]
+    levels += [np.arange(num_items) // 3, -(np.arange(num_items) // 3)]
+    item_vectors = torch.from_numpy(np.stack(levels, axis=1).astype(np.float32))
+    users = torch.eye(4)
+    for k in (1, 10, 333):
+        result = top_k(users, item_vectors, k=k, memory_budget_bytes=budget, backend=backend)
+        assert_equal(result, oracle(users, item_vectors, k))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("share", [0.03, 0.97])  # gathered and masked
+def test_nothing_but_unseen_candidates_is_given(backend, budget, share):
+    generator = np.random.default_rng(5)
+    users, items = (torch.randn(n, 8, generator=torch.Generator().manual_seed(n)) for n in (50, 2000))
+    candidates = torch.from_numpy(generator.random(2000) < share)
+    # Seen are the best of each user, so that only what is left out properly leaves room for others.
+    scores = (users @ items.T).masked_fill(~candidates, -torch.inf)
+    mask = np.zeros((50, 2000), dtype=bool)
+    np.put_along_axis(mask, scores.topk(20).indices.numpy(), values=True, axis=1)
+    rows, columns = (torch.from_numpy(index) for index in mask.nonzero())
+    seen = numba_known(rows, columns, 50, 2000)
+    result = top_k(
+        users,
+        items,
+        k=60,
+        seen=seen,
+        seen_users=torch.arange(50),
+        candidates=candidates,
+        memory_budget_bytes=budget,
+        backend=backend,
+    )
+    there = result.items >= 0
+    left = int(candidates.sum()) - 20
+    assert (there.sum(1) == min(60, left)).all()
+    assert torch.isfinite(result.scores[there]).all()
+    assert (result.scores[~there] == -torch.inf).all()
+    item = result.items.long().clamp(min=0)
+    assert candidates[item][there].all()
+    assert not torch.from_numpy(mask).gather(1, item)[there].any()
+    best = scores.masked_fill(torch.from_numpy(mask), -torch.inf).topk(min(60, left)).values
+    torch.testing.assert_close(result.scores[:, : best.shape[1]], best)
+
+
+def numba_known(rows, columns, num_users, num_items):
+    from fasttower_kernels.known_positives import KnownPositives
+
+    return KnownPositives.from_pairs(rows, columns, num_users, num_items)
+
+
+@needs_numba
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="rounds in a way of its own")
+@pytest.mark.parametrize("dim", [7, 64, 130])
+def test_no_bit_depends_on_budget_threads_or_other_users(dim):
+    users, items = (torch.randn(n, dim, generator=torch.Generator().manual_seed(n)) for n in (1100, 2309))
+    bias = torch.randn(len(items), generator=torch.Generator().manual_seed(1))
+    right = top_k(users, items, k=7, item_bias=bias, backend="numba")
+    for threads, budget, rows in [
+        (2, None, 1100),
+        (3, 20_000, 301),
+        (1, 1, 67),
+        (1, None, 5),
+        (1, None, 1),
+        (2, 1, 3),
+    ]:
+        torch.set_num_threads(threads)
+        some = top_k(users[:rows], items, k=7, item_bias=bias, memory_budget_bytes=budget, backend="numba")
+        assert torch.equal(some.items, right.items[:rows])
+        assert torch.equal(some.scores, right.scores[:rows])
+
+
+@needs_numba
+def test_many_chunks_on_several_threads_keep_their_rows(monkeypatch):
+    monkeypatch.setattr(numba_cpu, "_ROWS", 8)
+    generator = np.random.default_rng(1)
+    users, items = integers(generator, -9, 10, 999, 6), integers(generator, -9, 10, 1500, 6)
+    seen, rows = random_seen(generator, 40, 1500, 0.1), torch.from_numpy(generator.integers(0, 40, 999))
+    torch.set_num_threads(4)
+    result = top_k(users, items, k=9, seen=seen, seen_users=rows)
+    assert_equal(result, oracle(users, items, 9, seen=seen, seen_users=rows))
+
+
+@needs_numba
+@pytest.mark.parametrize("threads", [1, 3])
+def test_an_error_leaves_the_number_of_threads(monkeypatch, threads):
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(numba_cpu._Worker, "run", fail)
+    monkeypatch.setattr(numba_cpu, "_ROWS", 8)
+    torch.set_num_threads(threads)
+    with pytest.raises(MemoryError):
+        top_k(torch.ones(50, 2), torch.ones(9, 2), k=1, backend="numba")
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_uninitialised_memory_is_not_read(backend, share):
+    # In deterministic mode torch fills what it allocates with NaN.
+    generator = np.random.default_rng(2)
+    users, items = integers(generator, -3, 4, 37, 3), integers(generator, -3, 4, 777, 3)
+    candidates = torch.from_numpy(generator.random(777) <= share)
+    given = {"item_bias": integers(generator, -3, 4, 777), "candidates": candidates}
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(1).isnan()
+        result = top_k(users, items, k=20, memory_budget_bytes=9_000, backend=backend, **given)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_equal(result, oracle(users, items, 20, **given))
+
+
+@needs_numba
+@pytest.mark.parametrize("gathered", [False, True])
+def test_the_scan_writes_nowhere_else(gathered):
+    rows, stride, width, k, guard = 3, 512, 300, 4, 64
+    block = scan_numba_cpu.BLOCK
+    generator = np.random.default_rng(0)
+
+    def guarded(shape, dtype, value):
+        whole = np.full(guard + int(np.prod(shape)) + guard, 77, dtype=dtype)
+        inside = whole[guard:-guard].reshape(shape)
+        inside[:] = value
+        return whole, inside
+
+    values = np.full((rows, stride), np.nan, np.float32)
+    values[:, :width] = generator.integers(-50, 50, (rows, width))
+    wholes, arrays = zip(
+        guarded(rows * stride, np.float32, values.ravel()),
+        guarded(2 * block, np.float32, 0),
+        guarded((rows, k), np.int32, -1),
+        guarded((rows, k), np.float32, -np.inf),
+        guarded(rows, np.int64, np.arange(rows) * 2),
+        strict=True,
+    )
+    tile, bias, items, scores, cursors = arrays
+    first = 0 if gathered else 1000
+    index = np.arange(width) * 3 + 1000 if gathered else np.empty(0, np.int64)
+    item_of = index if gathered else np.arange(width) + first
+    seen = item_of[[0, width - 1] * rows].astype(np.int32)  # the first and the last column of each row
+    scan_numba_cpu.scan_tile(True, gathered)(
+        tile, stride, width, bias, first, index, cursors, np.arange(rows) * 2 + 2, seen, items, scores
+    )
+    scan_numba_cpu.sort_heaps()(items, scores)
+
+    for whole in wholes:
+        assert (whole[:guard] == 77).all()
+        assert (whole[-guard:] == 77).all()
+    written = tile.reshape(rows, stride)
+    np.testing.assert_array_equal(written[:, 1 : width - 1], values[:, 1 : width - 1])
+    assert np.isnan(written[:, block * 2 :]).all()
+    for r in range(rows):
+        order = np.lexsort((item_of[1:-1], -values[r, 1 : width - 1]))[:k] + 1
+        np.testing.assert_array_equal(items[r], item_of[order])
+        np.testing.assert_array_equal(scores[r], values[r, order])
+    np.testing.assert_array_equal(cursors, np.arange(rows) * 2 + 2)
+
+
+def test_few_candidates_are_gathered_while_their_index_fits():
+    vectors, candidates = torch.ones(1000, 2), torch.arange(1000) % 10 == 0
+    assert len(Catalogue.of(vectors, None, candidates, 2000)) == 100
+    assert len(Catalogue.of(vectors, None, candidates, 1599)) == 1000
+    assert len(Catalogue.of(vectors, None, ~candidates, 10**6)) == 1000
+    assert Catalogue.of(vectors, None, candidates | True, 10**6).candidates is None
+
+
+MEMORY = """
+    import sys
+    import torch
+    from fasttower_kernels.known_positives import KnownPositives
+    from fasttower_kernels.topk import top_k
+
+    def resident(name):
+        with open("/proc/self/status") as status:
+            return next(int(line.split()[1]) * 1024 for line in status if line.startswith(name))
+
+    backend, threads = sys.argv[1], int(sys.argv[2])
+    torch.set_num_threads(threads)
+    num_users, num_items = 1500, 20000
+    users, items = (torch.randn(n, 20)[:, :16] for n in (num_users, num_items))  # strided
+    everyone = torch.arange(num_users)
+    seen = KnownPositives.from_pairs(
+        everyone.repeat_interleave(60), torch.randint(num_items, (num_users * 60,)), num_users, num_items
+    )
+    arguments = {"k": 5, "item_bias": torch.randn(num_items), "seen": seen, "seen_users": everyone}
+    some = torch.rand(num_items) < 0.5
+    for budget in map(int, sys.argv[3:]):
+        for candidates in (None, some):
+            peaks = []
+            for turn in range(2):  # in the first one libraries allocate what they keep
+                with open("/proc/self/clear_refs", "w") as peak:
+                    peak.write("5")
+                before = resident("VmRSS")
+                top_k(users, items, memory_budget_bytes=budget, backend=backend,
+                      candidates=candidates, **arguments)
+                peaks.append(resident("VmHWM") - before)
+            print(budget, peaks[1])
+"""
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="no peak that can be reset")
+@pytest.mark.parametrize(("backend", "threads"), [("torch", 1), pytest.param("numba", 2, marks=needs_numba)])
+def test_the_budget_is_kept(backend, threads):
+    budgets = [1_000_000, 32_000_000]
+    # What is freed goes back to the system, so that it counts when it is allocated again.
+    settings = {"MALLOC_MMAP_THRESHOLD_": "16384", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
+    program = [sys.executable, "-c", textwrap.dedent(MEMORY), backend, str(threads), *map(str, budgets)]
+    done = subprocess.run(
+        program, env=os.environ | settings, capture_output=True, text=True, check=True
+    ).stdout
+    peaks = [tuple(map(int, line.split())) for line in done.splitlines()]
+    assert len(peaks) == 2 * len(budgets)
+    result = 1500 * 5 * 8
+    for budget, peak in peaks:
+        assert peak <= budget + result + 500_000, peaks  # half a megabyte for the interpreter and stacks
+    # The measurement sees what is allocated: all scores would be 120 MB.
+    assert max(peak for _, peak in peaks) > (10_000_000 if backend == "torch" else 1_500_000)
