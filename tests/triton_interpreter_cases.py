@@ -527,17 +527,17 @@ def lazy_example(num_steps, batch_size):
     users, items = (torch.randint(n, (num_rows,), generator=generator, dtype=torch.int32) for n in (3, 5))
     rare = torch.randperm(num_rows, generator=generator)[:10]
     users[rare] = 3 + torch.arange(10, dtype=torch.int32) // 2
-    items[rare] = 6 + torch.arange(10, dtype=torch.int32) // 2
-    # Nobody draws the items from 6 on, and user 7 has touched everything.
-    pairs = torch.tensor([(u, i) for u in range(10) for i in (range(13) if u == 7 else range(6, 13))]).int()
-    return Interactions(users, items), KnownPositives.from_pairs(pairs[:, 0], pairs[:, 1], 10, 13)
+    items[rare] = 40 + torch.arange(10, dtype=torch.int32) // 2
+    # Nobody draws the items from 40 on, and user 7 has touched everything.
+    pairs = torch.tensor([(u, i) for u in range(10) for i in (range(47) if u == 7 else range(40, 47))]).int()
+    return Interactions(users, items), KnownPositives.from_pairs(pairs[:, 0], pairs[:, 1], 10, 47)
 
 
 def check_lazy_steps(guarded, num_steps, calls, *, num_negatives=2, bias=True, deterministic=False):
     """Against dense Adam in float64, through a second epoch."""
     interactions, known = lazy_example(num_steps, 4)
     settings = StepSettings(LossSettings(num_negatives, l2=0.01), 0.01, 4, seed=7, optimiser="lazy_adam")
-    tables = make_tables(5, num_users=10, num_items=13, bias=bias)
+    tables = make_tables(5, num_users=10, num_items=47, bias=bias)
     state = TrainState(*(guarded.tables(t) for t in (tables, *(tables.zeros_like() for _ in range(3)))))
     oracle = TrainState.start(doubled(tables))
     first = num_steps
@@ -558,7 +558,7 @@ def check_lazy_steps(guarded, num_steps, calls, *, num_negatives=2, bias=True, d
         (*state.moments_1, *state.moments_2), (*oracle.moments_1, *oracle.moments_2), strict=True
     ):
         assert error(result, right) < 2e-6
-    for table, before, unused in zip(state.parameters, tables, (8, 11, 11), strict=bias):
+    for table, before, unused in zip(state.parameters, tables, (8, 45, 45), strict=bias):
         assert table[unused:].equal(before[unused:])
         assert not table[:3].equal(before[:3])
 
@@ -566,7 +566,7 @@ def check_lazy_steps(guarded, num_steps, calls, *, num_negatives=2, bias=True, d
 def test_lazy_steps(guarded, monkeypatch):
     # Two positives a program, so that rows are wanted by several programs.
     monkeypatch.setitem(triton_tiles.TILES, 8, triton_tiles.Tile(2, 1))
-    check_lazy_steps(guarded, 9, (6, 3))
+    check_lazy_steps(guarded, 6, (4, 2))
 
 
 @pytest.mark.usefixtures("large_programs")
