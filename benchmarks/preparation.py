@@ -43,7 +43,7 @@ def fasttower_way(csv: str) -> dict[str, int]:
             valid_fraction=VALID_FRACTION,
         )
         data = prepare(csv, config)
-        parts = to_training_data(data, torch.device("cpu"))
+        parts = to_training_data(data)
         tensors = {
             name: (part.user_index, part.item_index)
             for name, part in (("fit", parts.fit), ("train", parts.train), ("valid", parts.valid))

@@ -53,7 +53,7 @@ def main() -> None:
     cuts = {}
     for fraction in arguments.valid_fractions:
         config = dataclasses.replace(base, valid_fraction=fraction)
-        cuts[fraction] = to_training_data(prepare(base.data, config), torch.device("cpu"))
+        cuts[fraction] = to_training_data(prepare(base.data, config))
         valid = cuts[fraction].valid
         print(
             f"valid fraction {fraction}: {len(cuts[fraction].train):,} training rows, {len(valid):,} pairs of"

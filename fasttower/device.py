@@ -45,6 +45,23 @@ def cpu_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+@contextlib.contextmanager
+def memory_of(device: torch.device) -> Iterator[None]:
+    """Say what to do where a GPU's memory runs out inside the block.
+
+    Raises:
+        FastTowerError: it did.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        asked = ". ".join(str(error).split(". ")[:2])  # what happened, and how much was asked for
+        raise FastTowerError(
+            f"{device} ran out of memory ({asked}); choose a smaller --batch-size or --embedding-dim, free "
+            f"what others hold there, or use --device cpu."
+        ) from error
+
+
 def check_repeatable(backend: str, device: torch.device) -> None:
     """Check that a backend has a mode that repeats bit for bit on a device.
 

@@ -14,7 +14,7 @@ import torch
 from fasttower.config import Config
 from fasttower.data.catalog import Progress
 from fasttower.data.preparation import PreparedData, prepare
-from fasttower.device import check_repeatable, choose_device, cpu_threads
+from fasttower.device import check_repeatable, choose_device, cpu_threads, memory_of
 from fasttower.errors import FastTowerError
 from fasttower.evaluation.popularity import most_popular
 from fasttower.evaluation.replay_report import replay_metrics
@@ -25,7 +25,7 @@ from fasttower.training.selection import TrainedModel, TrainingData, train_model
 from fasttower.training.trainer import Observer
 from fasttower_kernels.backends import choose_backend
 from fasttower_kernels.known_positives import KnownPositives
-from fasttower_kernels.tables import Interactions
+from fasttower_kernels.tables import Interactions, padded
 
 if TYPE_CHECKING:
     from typing import TypeAlias
@@ -85,10 +85,12 @@ def fit(
     clock = _Clock()
 
     device, backend, why = _choose_where(config, observer)
-    with cpu_threads(config.threads) as threads:
+    with cpu_threads(config.threads) as threads, memory_of(device):
         source = config.data if data is None or isinstance(data, str | Path) else data
         prepared = prepare(source, config, config.seed, observer.download_progress())
-        training_data = to_training_data(prepared, device)
+        training_data = to_training_data(prepared)
+        _check_memory(training_data, config, device, backend)
+        training_data = training_data.to(device)
         config = config.resolved(len(training_data.fit))
         clock.lap("prepare")
         observer.on_prepared(prepared, config)
@@ -172,20 +174,43 @@ def _choose_where(config: Config, observer: FitObserver) -> tuple[torch.device, 
     return device, backend, why
 
 
-def to_training_data(prepared: PreparedData, device: torch.device) -> TrainingData:
-    """The prepared parts as tensors on a device, with the known positives of fit."""
-    fit, train = (_interactions(frame, device) for frame in (prepared.fit, prepared.train))
-    valid = None if prepared.valid is None else _interactions(prepared.valid, device)
+def to_training_data(prepared: PreparedData) -> TrainingData:
+    """The prepared parts as tensors on the CPU, with the known positives of fit."""
+    fit, train = (_interactions(frame) for frame in (prepared.fit, prepared.train))
+    valid = None if prepared.valid is None else _interactions(prepared.valid)
     known = KnownPositives.from_pairs(
         fit.user_index, fit.item_index, prepared.users.height, prepared.items.height
     )
     return TrainingData(fit, train, valid, known)
 
 
-def _interactions(frame: pl.DataFrame, device: torch.device) -> Interactions:
+def _interactions(frame: pl.DataFrame) -> Interactions:
     # torch.tensor copies, so that the tensors are writable and own their memory.
-    return Interactions(
-        *(torch.tensor(frame[name].to_numpy(), device=device) for name in ("user_index", "item_index"))
+    return Interactions(*(torch.tensor(frame[name].to_numpy()) for name in ("user_index", "item_index")))
+
+
+def _check_memory(data: TrainingData, config: Config, device: torch.device, backend: str) -> None:
+    """Refuse what a GPU cannot hold before anything is copied to it.
+
+    Counted is what training surely holds there; what comes on top of it is met where it is asked for.
+    """
+    if backend != "triton":
+        return
+    from fasttower_kernels.train_steps.triton_gpu import (  # noqa: PLC0415 - Triton is optional
+        check_device_memory,
+        resident_bytes,
+    )
+
+    known = data.known_positives
+    check_device_memory(
+        resident_bytes(
+            num_users=known.num_users,
+            num_items=known.num_items,
+            width=padded(config.embedding_dim),
+            num_rows=len(data.fit) + (0 if data.valid is None else len(data.train) + len(data.valid)),
+            num_known=len(known.items),
+        ),
+        device,
     )
 
 

@@ -30,6 +30,13 @@ class TrainingData:
     valid: Interactions | None
     known_positives: KnownPositives
 
+    def to(self, device: torch.device) -> TrainingData:
+        """The same parts on another device."""
+        valid = None if self.valid is None else self.valid.to(device)
+        return TrainingData(
+            self.fit.to(device), self.train.to(device), valid, self.known_positives.to(device)
+        )
+
 
 @dataclass(frozen=True)
 class TrainedModel:

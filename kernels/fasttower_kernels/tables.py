@@ -79,6 +79,10 @@ class Interactions:
             for index in (self.user_index, self.item_index)
         )
 
+    def to(self, device: torch.device | str) -> Interactions:
+        """The same positives on another device."""
+        return Interactions(self.user_index.to(device), self.item_index.to(device))
+
     def __len__(self) -> int:
         """The number of positives, n."""
         return len(self.user_index)

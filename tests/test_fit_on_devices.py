@@ -1,0 +1,65 @@
+"""What `fit` says about a GPU that cannot do what is asked, without one."""
+
+import dataclasses
+import importlib.util
+
+import polars as pl
+import pytest
+import torch
+
+import fasttower
+from fasttower import Config, FastTowerError, pipeline
+from fasttower.training.selection import TrainingData
+
+CONFIG = Config(embedding_dim=6, batch_size=64, epochs=1, backend="torch", l2=(0.03,), threads=1)
+needs_triton = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="Triton is not installed")
+
+
+@pytest.fixture(scope="module")
+def ratings():
+    rows = [(i % 40, i * i % 31, i) for i in range(1000)]
+    return pl.DataFrame(rows, schema=["user", "item", "timestamp"], orient="row")
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU that is only said to be there, with 4 KiB free."""
+    monkeypatch.setattr(pipeline, "choose_device", lambda *_, **__: (torch.device("cuda"), None))
+    monkeypatch.setattr(pipeline, "choose_backend", lambda *_: ("triton", "for the test"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (4096, 8 << 30))
+
+
+@needs_triton
+def test_what_a_gpu_cannot_hold_is_refused_before_it_is_copied(ratings, gpu, monkeypatch):
+    sizes = []
+    from fasttower_kernels.train_steps import triton_gpu
+
+    original = triton_gpu.resident_bytes
+    monkeypatch.setattr(
+        triton_gpu, "resident_bytes", lambda **numbers: sizes.append(numbers) or original(**numbers)
+    )
+    copied = []
+    monkeypatch.setattr(TrainingData, "to", lambda self, device: copied.append(device))
+    with pytest.raises(FastTowerError, match=r"GiB for tables.* cuda has 0\.00 GiB of 8\.00 GiB free"):
+        fasttower.fit(ratings, CONFIG)
+    assert not copied
+    (numbers,) = sizes
+    # 800 rows before the test cut, as fit and as train and valid; two of valid are of items that train lacks.
+    assert (numbers["num_users"], numbers["num_items"], numbers["width"]) == (40, 16, 8)
+    assert numbers["num_rows"] == 1598
+    assert 0 < numbers["num_known"] <= 800
+
+
+def test_memory_that_runs_out_in_training(ratings, monkeypatch):
+    def train_model(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has much more.")
+
+    monkeypatch.setattr(pipeline, "train_model", train_model)
+    with pytest.raises(FastTowerError, match=r"Tried to allocate 2\.00 GiB\); .* --batch-size"):
+        fasttower.fit(ratings, CONFIG)
+
+
+def test_a_device_that_does_not_repeat_is_refused_before_the_data_are_read(monkeypatch):
+    monkeypatch.setattr(pipeline, "choose_device", lambda *_, **__: (torch.device("mps"), None))
+    with pytest.raises(FastTowerError, match="--deterministic"):
+        fasttower.fit("/no/such/file.csv", dataclasses.replace(CONFIG, deterministic=True))
