@@ -7,7 +7,7 @@
 RePlay's ML-1M protocol (ratings >= 3, the last 20% of the time line is the test part), as fasttower prepares
 it. Settings: fasttower's are its defaults. implicit's are chosen on validation parts alone, as fasttower's
 were in `benchmarks.selection`: each point of the grid is trained for the same three validation cuts, and the
-point and the epoch with the best mean validation NDCG@10 count (all are in `results/implicit-ml-1m.json`).
+point and the epoch with the best mean validation NDCG@10 count (all curves: `results/implicit-ml-1m.json`).
 
 Quality: each way is trained on all rows before the test cut, and RePlay reports on the test part. fasttower
 chooses its L2 among three and its epochs in every run, on that run's validation part.

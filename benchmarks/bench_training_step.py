@@ -1,4 +1,8 @@
-"""The training step beside well-written torch loops; the ways, and some more, are in `training_step.py`."""
+"""The training step beside well-written torch loops; the ways, and some more, are in `training_step.py`.
+
+torch.optim.SparseAdam is another optimiser, not a fast version of Adam: see there. The DataLoader way draws
+its negatives row by row, as notebooks do.
+"""
 
 import pytest
 import torch
@@ -10,6 +14,7 @@ from fasttower_kernels.sampled_bce import LossSettings, reference
 from fasttower_kernels.train_steps import StepSettings, TrainState, run_steps
 
 POSITIVES_A_ROUND = 16_384
+STEPS_A_ROUND = 32  # over large tables; as one call, at whose end the lazy optimiser updates every row
 FASTTOWER = {
     # backend, with exact exclusion and an item bias
     "fasttower": ("numba", False),
@@ -17,7 +22,13 @@ FASTTOWER = {
     "fasttower_reference": ("torch", False),
     "fasttower_reference_exclusion": ("torch", True),
 }
-TORCH = {"torch_eager_mulsum": ways.loss_mulsum, "torch_eager_bmm": ways.loss_bmm}
+LOSSES = {"torch_eager_mulsum": ways.loss_mulsum, "torch_eager_bmm": ways.loss_bmm}
+TORCH = [
+    *LOSSES,
+    "torch_sparse_adam",
+    "torch_dataloader",
+    pytest.param("torch_compile", marks=pytest.mark.slow),
+]
 
 
 def trained(backend, dim, batch_size, data, known):
@@ -29,7 +40,7 @@ def trained(backend, dim, batch_size, data, known):
 
 
 @pytest.mark.parametrize(("dim", "batch_size"), ways.SHAPES)
-@pytest.mark.parametrize("way", [*FASTTOWER, *TORCH, pytest.param("torch_compile", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("way", [*FASTTOWER, *TORCH])
 def test_training_step(benchmark_in, way, dim, batch_size, ml_1m_shape, known):
     data = ml_1m_shape
     if way in FASTTOWER:
@@ -43,10 +54,7 @@ def test_training_step(benchmark_in, way, dim, batch_size, ml_1m_shape, known):
                 # next to zero, rounding shows at that scale.
                 torch.testing.assert_close(one, other, rtol=1e-4, atol=0.01 * ways.LEARNING_RATE)
     else:
-        loss_of = TORCH.get(way) or torch.compile(ways.loss_mulsum, dynamic=False)
-        assert_right_loss(loss_of, dim, batch_size, data)
-        steps = ways.torch_way(loss_of, dim, batch_size, data)
-        steps(2)
+        steps = torch_steps(way, dim, batch_size, data)
     benchmark = benchmark_in(
         f"training step, dim {dim}, batch {batch_size}",
         users=data.num_users,
@@ -55,6 +63,49 @@ def test_training_step(benchmark_in, way, dim, batch_size, ml_1m_shape, known):
         positives_a_round=POSITIVES_A_ROUND,
     )
     benchmark(steps, POSITIVES_A_ROUND // batch_size)
+
+
+@pytest.mark.parametrize(("dim", "batch_size"), [(64, 1024)])
+@pytest.mark.parametrize("way", ["fasttower", "torch_eager_mulsum", "torch_sparse_adam"])
+def test_large_tables(benchmark_in, way, dim, batch_size, ml_20m_tables):
+    """Where dense Adam takes nearly all of the time: fasttower is lazy, SparseAdam another optimiser."""
+    data = ml_20m_tables
+    if way == "fasttower":
+        steps = ways.fasttower_way("numba", dim, batch_size, data)
+        ours, right = (trained(name, dim, batch_size, data, None) for name in ("numba", "torch"))
+        for one, other in zip(ours, right, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=0.01 * ways.LEARNING_RATE)
+    else:
+        steps = torch_steps(way, dim, batch_size, data)
+    benchmark = benchmark_in(
+        f"training step, ML-20M's tables, dim {dim}, batch {batch_size}",
+        users=data.num_users,
+        items=data.num_items,
+        negatives=ways.NUM_NEGATIVES,
+        steps_a_round=STEPS_A_ROUND,
+    )
+    benchmark.pedantic(steps, args=(STEPS_A_ROUND,), rounds=3)
+
+
+def torch_steps(way, dim, batch_size, data):
+    """A torch loop, warm and with the right loss."""
+    if way == "torch_sparse_adam":
+
+        def loss_of(users, items, *batch):
+            embeddings = (torch.nn.Embedding.from_pretrained(table) for table in (users, items))
+            return ways.loss_sparse(*embeddings, *batch)
+
+        assert_right_loss(loss_of, dim, batch_size, data)
+        steps = ways.sparse_adam_way(dim, batch_size, data)
+    elif way == "torch_dataloader":
+        assert_right_loss(ways.loss_mulsum, dim, batch_size, data)
+        steps = ways.dataloader_way(dim, batch_size, data)
+    else:
+        loss_of = LOSSES.get(way) or torch.compile(ways.loss_mulsum, dynamic=False)
+        assert_right_loss(loss_of, dim, batch_size, data)
+        steps = ways.torch_way(loss_of, dim, batch_size, data)
+    steps(2)
+    return steps
 
 
 def assert_right_loss(loss_of, dim, batch_size, data):

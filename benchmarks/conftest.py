@@ -77,6 +77,12 @@ def ml_1m_shape() -> Data:
 
 
 @pytest.fixture(scope="session")
+def ml_20m_tables() -> Data:
+    """Made-up interactions: 138,493 users and 26,744 items as in ML-20M, a million positives."""
+    return make_data(138_493, 26_744)
+
+
+@pytest.fixture(scope="session")
 def known(ml_1m_shape: Data) -> KnownPositives:
     """Their users' known positives."""
     return ml_1m_shape.known_positives()

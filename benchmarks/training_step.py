@@ -11,9 +11,14 @@ The ways:
     torch_exclusion     the same with known positives left out and an item bias
     eager_mulsum        a well-written torch loop: autograd, fused Adam, dot products as (u * v).sum(-1)
     eager_bmm           the same with torch.bmm
+    sparse_adam         eager_mulsum's loss with sparse embeddings and torch.optim.SparseAdam
     compile             eager_mulsum's loss through torch.compile (--compile)
     dataloader          a Dataset that draws negatives row by row, behind a DataLoader (--dataloader)
     c_limit             benchmarks/c_limit.c through gcc where it is there: no shuffle, no exclusion, no bias
+
+SparseAdam is another optimiser and no fast version of Adam: a row that a batch does not touch keeps its
+moments and stays where it is, where Adam decays the ones and moves the other. fasttower's lazy Adam pays for
+touched rows alone too, and leaves what Adam leaves.
 
 With --threads 1 2, numba, numba_exclusion and eager_mulsum alone, with each number of threads, in wall time;
 that needs a machine that is otherwise idle.
@@ -29,6 +34,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,8 +73,7 @@ class Data(NamedTuple):
         return Interactions(self.interactions.user_index[:size], self.interactions.item_index[:size])
 
 
-def make_data() -> Data:
-    num_users, num_items, num_rows = 6_040, 3_706, 1_000_000
+def make_data(num_users: int = 6_040, num_items: int = 3_706, num_rows: int = 1_000_000) -> Data:
     rng = np.random.default_rng(0)
     weight = 1 / np.arange(1, num_items + 1) ** 0.9
     users = rng.integers(0, num_users, num_rows, dtype=np.int32)
@@ -129,6 +134,13 @@ def torch_way(loss_of: Callable[..., Any], dim: int, batch_size: int, data: Data
     tables = make_tables(dim, data)
     parameters = [torch.nn.Parameter(tables.users), torch.nn.Parameter(tables.items)]
     optimiser = torch.optim.Adam(parameters, lr=LEARNING_RATE, fused=True)
+    return eager_steps(optimiser, partial(loss_of, *parameters), batch_size, data)
+
+
+def eager_steps(
+    optimiser: torch.optim.Optimizer, loss_of: Callable[..., Any], batch_size: int, data: Data
+) -> Steps:
+    """A torch loop over shuffled rows; the loss is of user index, item index and labels."""
     labels = torch.zeros(batch_size, 1 + NUM_NEGATIVES)
     labels[:, 0] = 1
     users, items = data.interactions.user_index.long(), data.interactions.item_index.long()
@@ -144,10 +156,26 @@ def torch_way(loss_of: Callable[..., Any], dim: int, batch_size: int, data: Data
             negatives = torch.randint(data.num_items, (batch_size, NUM_NEGATIVES))
             item_index = torch.cat([items[rows][:, None], negatives], dim=1)
             optimiser.zero_grad(set_to_none=True)
-            loss_of(*parameters, users[rows], item_index, labels).backward()
+            loss_of(users[rows], item_index, labels).backward()
             optimiser.step()
 
     return steps
+
+
+def sparse_adam_way(dim: int, batch_size: int, data: Data) -> Steps:
+    tables = make_tables(dim, data)
+    embeddings = [
+        torch.nn.Embedding.from_pretrained(table, freeze=False, sparse=True)
+        for table in (tables.users, tables.items)
+    ]
+    optimiser = torch.optim.SparseAdam([embedding.weight for embedding in embeddings], lr=LEARNING_RATE)
+    return eager_steps(optimiser, partial(loss_sparse, *embeddings), batch_size, data)
+
+
+def loss_sparse(users, items, user_index, item_index, labels):
+    return F.binary_cross_entropy_with_logits(
+        (users(user_index)[:, None] * items(item_index)).sum(-1), labels
+    )
 
 
 class DrawnRows(torch.utils.data.Dataset):
@@ -308,6 +336,7 @@ def main() -> None:
                 "torch_exclusion": fasttower_way("torch", dim, batch_size, data, known),
                 "eager_mulsum": torch_way(loss_mulsum, dim, batch_size, data),
                 "eager_bmm": torch_way(loss_bmm, dim, batch_size, data),
+                "sparse_adam": sparse_adam_way(dim, batch_size, data),
             }
             if arguments.compile:
                 compiled = torch.compile(loss_mulsum, dynamic=False)
