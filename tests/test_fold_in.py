@@ -53,6 +53,19 @@ def test_the_vectors_are_where_the_loss_has_no_slope(exclude, negatives, l2, sca
         assert float(slope.norm() ** 2 / (4 * l2)) < 1e-5 * float(loss.detach())
 
 
+def test_a_full_step_that_would_overshoot_is_cut_short():
+    # Where every logit starts far below zero the loss is all slope and no curvature.
+    known, touched, vectors, _ = made_up(3.0)
+    bias = torch.full((NUM_ITEMS,), -30.0)
+    settings = LossSettings(10, 0.001)
+    found = fold_in(known, vectors, bias, settings, exclude_known_positives=True)
+    for user in range(1, NUM_USERS):
+        u = found[user].double().requires_grad_()
+        loss = expected_loss(u, touched[user], vectors, bias, settings, exclude=True)
+        (slope,) = torch.autograd.grad(loss, u)
+        assert float(slope.norm()) < 1e-2
+
+
 def test_a_user_who_touched_nothing_is_left_to_the_bias():
     known, _, vectors, bias = made_up()
     assert (fold_in(known, vectors, bias, LossSettings(), exclude_known_positives=True)[0] == 0).all()

@@ -67,6 +67,7 @@ def test_k_beyond_what_is_left_gives_fewer_rows(run):
     frame = run.recommend(["001"], k=1000)
     assert len(frame) == len(run.items) - len(history(run, "001"))
     assert not set(frame["item_id"]) & history(run, "001")
+    assert run.recommend(["001"], k=10**9).equals(frame)  # and takes no memory for it
     everything = run.recommend(["001"], k=1000, filter_seen=False)
     assert set(everything["item_id"]) == set(run.items["item_id"])
     assert everything["rank"].to_list() == list(range(1, len(run.items) + 1))
