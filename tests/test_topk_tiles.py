@@ -156,6 +156,23 @@ def test_many_chunks_on_several_threads_keep_their_rows(monkeypatch):
 
 @needs_numba
 @pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("share", [0.5, 0.95])
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_parameters_are_ranked_in_every_mode_of_torch(monkeypatch, threads, share, mode):
+    monkeypatch.setattr(numba_cpu, "_ROWS", 8)
+    generator = np.random.default_rng(4)
+    candidates = torch.from_numpy(generator.random(300) < share)
+    vectors, bias = (torch.nn.Parameter(integers(generator, -9, 10, 300, *rest)) for rest in ([4], []))
+    torch.set_num_threads(threads)
+    with mode():
+        result = top_k(vectors, vectors, k=5, item_bias=bias, candidates=candidates)
+    assert not result.scores.requires_grad
+    expected = oracle(vectors.detach(), vectors.detach(), 5, item_bias=bias.detach(), candidates=candidates)
+    assert_equal(result, expected)
+
+
+@needs_numba
+@pytest.mark.parametrize("threads", [1, 3])
 def test_an_error_leaves_the_number_of_threads(monkeypatch, threads):
     def fail(*_):
         raise MemoryError
