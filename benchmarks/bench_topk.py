@@ -1,4 +1,6 @@
-"""The ten best items of each user: fasttower's chunks beside all scores at once and `torch.topk`."""
+"""The ten best items of each user: fasttower's tiles beside all scores at once and `torch.topk`."""
+
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,10 +17,10 @@ SHAPES = {
 }
 
 
-def fasttower_way(users, items, seen):
+def fasttower_way(users, items, seen, backend="auto"):
     def recommend():
         rows = None if seen is None else torch.arange(len(users))
-        found = top_k(users, items, k=K, seen=seen, seen_users=rows)
+        found = top_k(users, items, k=K, seen=seen, seen_users=rows, backend=backend)
         return found.scores, found.items.long()
 
     return recommend
@@ -55,7 +57,12 @@ def numpy_way(users, items, seen):
     return recommend
 
 
-WAYS = {"fasttower": fasttower_way, "torch_matmul_topk": torch_way, "numpy_argpartition": numpy_way}
+WAYS = {
+    "fasttower": fasttower_way,
+    "fasttower_reference": partial(fasttower_way, backend="torch"),
+    "torch_matmul_topk": torch_way,
+    "numpy_argpartition": numpy_way,
+}
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from topk_oracle import assert_equal, integers, oracle, padded, random_seen
 
+from fasttower_kernels.known_positives import KnownPositives
 from fasttower_kernels.topk import top_k
 from fasttower_kernels.topk.tiles import Catalogue
 
@@ -98,7 +99,7 @@ def test_nothing_but_unseen_candidates_is_given(backend, budget, share):
     mask = np.zeros((50, 2000), dtype=bool)
     np.put_along_axis(mask, scores.topk(20).indices.numpy(), values=True, axis=1)
     rows, columns = (torch.from_numpy(index) for index in mask.nonzero())
-    seen = numba_known(rows, columns, 50, 2000)
+    seen = KnownPositives.from_pairs(rows, columns, 50, 2000)
     result = top_k(
         users,
         items,
@@ -119,12 +120,6 @@ def test_nothing_but_unseen_candidates_is_given(backend, budget, share):
     assert not torch.from_numpy(mask).gather(1, item)[there].any()
     best = scores.masked_fill(torch.from_numpy(mask), -torch.inf).topk(min(60, left)).values
     torch.testing.assert_close(result.scores[:, : best.shape[1]], best)
-
-
-def numba_known(rows, columns, num_users, num_items):
-    from fasttower_kernels.known_positives import KnownPositives
-
-    return KnownPositives.from_pairs(rows, columns, num_users, num_items)
 
 
 @needs_numba
@@ -157,6 +152,23 @@ def test_many_chunks_on_several_threads_keep_their_rows(monkeypatch):
     torch.set_num_threads(4)
     result = top_k(users, items, k=9, seen=seen, seen_users=rows)
     assert_equal(result, oracle(users, items, 9, seen=seen, seen_users=rows))
+
+
+@needs_numba
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("share", [0.5, 0.95])
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_parameters_are_ranked_in_every_mode_of_torch(monkeypatch, threads, share, mode):
+    monkeypatch.setattr(numba_cpu, "_ROWS", 8)
+    generator = np.random.default_rng(4)
+    candidates = torch.from_numpy(generator.random(300) < share)
+    vectors, bias = (torch.nn.Parameter(integers(generator, -9, 10, 300, *rest)) for rest in ([4], []))
+    torch.set_num_threads(threads)
+    with mode():
+        result = top_k(vectors, vectors, k=5, item_bias=bias, candidates=candidates)
+    assert not result.scores.requires_grad
+    expected = oracle(vectors.detach(), vectors.detach(), 5, item_bias=bias.detach(), candidates=candidates)
+    assert_equal(result, expected)
 
 
 @needs_numba
@@ -204,7 +216,10 @@ def test_the_scan_writes_nowhere_else(gathered):
         return whole, inside
 
     values = np.full((rows, stride), np.nan, np.float32)
-    values[:, :width] = generator.integers(-50, 50, (rows, width))
+    values[:, :width] = generator.integers(-50, 1, (rows, width))
+    values[values == 0] = -0.0
+    values[:, 0] = values[:, width - 1] = 50  # what is seen would be the best
+    values[:, width - 2] = 0.0  # equals -0.0, and comes later
     wholes, arrays = zip(
         guarded(rows * stride, np.float32, values.ravel()),
         guarded(2 * block, np.float32, 0),
@@ -233,6 +248,8 @@ def test_the_scan_writes_nowhere_else(gathered):
         order = np.lexsort((item_of[1:-1], -values[r, 1 : width - 1]))[:k] + 1
         np.testing.assert_array_equal(items[r], item_of[order])
         np.testing.assert_array_equal(scores[r], values[r, order])
+        assert scores[r, 0] == 0
+    assert not np.signbit(scores[scores == 0]).any()
     np.testing.assert_array_equal(cursors, np.arange(rows) * 2 + 2)
 
 

@@ -78,15 +78,13 @@ def top_k(
         _check_candidates(candidates, item_vectors)
     device = user_vectors.device
     budget = _default_budget(device) if memory_budget_bytes is None else memory_budget_bytes
-    catalogue = Catalogue.of(
-        item_vectors.detach(), None if item_bias is None else item_bias.detach(), candidates, budget
-    )
+    catalogue = Catalogue.of(item_vectors, item_bias, candidates, budget)
     if _choose_backend(backend, device) == "numba":
         from fasttower_kernels.topk.numba_cpu import top_k_numba as run  # noqa: PLC0415 - numba is optional
     else:
         run = top_k_torch
     return run(
-        user_vectors.detach(),
+        user_vectors,
         catalogue,
         k=k,
         seen=seen,

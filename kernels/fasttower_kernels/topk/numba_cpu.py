@@ -138,6 +138,7 @@ def top_k_numba(
     for _ in range(threads):
         idle.put(_Worker(shape))
 
+    @torch.inference_mode()  # the caller's modes are not those of other threads
     def run(start: int) -> None:
         some = slice(start, start + shape.rows)
         worker = idle.get()

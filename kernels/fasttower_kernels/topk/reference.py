@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -56,13 +57,15 @@ def top_k_torch(
     """
     found = TopK.empty(len(user_vectors), k, user_vectors.device)
     rows, columns = _tile_shape(catalogue, k, budget_bytes)
+    buffer = torch.empty(min(rows, len(user_vectors)) * columns, device=user_vectors.device)
     for begin in range(0, len(user_vectors), rows):
         some = slice(begin, begin + rows)
         users = user_vectors[some]
         best = TopK(found.items[some], found.scores[some])
         for first in range(0, len(catalogue), columns):
             tile = catalogue.tile(first, first + columns)
-            scores = torch.mm(users, tile.vectors.T)  # [C, W]
+            shape = len(users), len(tile.vectors)
+            scores = torch.mm(users, tile.vectors.T, out=buffer[: math.prod(shape)].view(shape))  # [C, W]
             if tile.bias is not None:
                 scores += tile.bias
             if seen is not None and seen_users is not None:
