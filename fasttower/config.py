@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args, get_origin, get_type_hints
 
 from fasttower.errors import FastTowerError
 
@@ -142,8 +142,44 @@ class TrainingConfig:
         return dataclasses.replace(self, batch_size=batch_size, init_scale=init_scale)
 
 
+# What a preset sets that the defaults set otherwise.
+_PRESET_FIELDS: dict[str, dict[str, Any]] = {
+    # The published notebook's protocol, without its mistake of training on the test part.
+    "notebook": {
+        "min_user_interactions": 20,
+        "test_fraction": 0.2,
+        "test_min_rating": 4,
+        "valid_fraction": 0,
+        "embedding_dim": 16,
+        "item_bias": False,
+        "init_scale": 1.0,
+        "num_negatives": 10,
+        "exclude_known_positives": False,
+        "l2": (0.0,),
+        "loss_scale": "pairs",
+        "learning_rate": 1e-3,
+        "batch_size": 1024,
+        "epochs": 30,
+    }
+}
+
+
+class _FromPreset(type):
+    """Has a configuration take what it is not given from its preset.
+
+    Only where the arguments are still apart from the defaults can that be told, which is before ``__init__``.
+    """
+
+    if not TYPE_CHECKING:  # for type checkers the dataclass's own signature stands
+
+        def __call__(cls, **given):  # noqa: ANN003, ANN204
+            preset = given.get("preset")
+            values = _PRESET_FIELDS.get(preset, {}) if isinstance(preset, str) else {}
+            return super().__call__(**values | given)
+
+
 @dataclass(frozen=True, kw_only=True)
-class Config(TrainingConfig, DataConfig):
+class Config(TrainingConfig, DataConfig, metaclass=_FromPreset):
     """A whole run: data, model, training, recommendations."""
 
     preset: Preset = "default"
@@ -172,7 +208,10 @@ class Config(TrainingConfig, DataConfig):
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], base: Config | None = None) -> Config:
-        """A configuration from the fields of a ``config.json``, those that it lacks taken from another.
+        """A configuration from the fields of a ``config.json``.
+
+        Those that it lacks are taken from ``base``, or, where it names another preset than that one's, from
+        its preset.
 
         Raises:
             FastTowerError: a field that no configuration has, or a value out of its range.
@@ -193,7 +232,9 @@ class Config(TrainingConfig, DataConfig):
                 merged["data_root"] = Path(merged["data_root"])
             if "l2" in merged:
                 merged["l2"] = tuple(merged["l2"])
-            return dataclasses.replace(base or cls(), **merged)
+            if base is None or merged.get("preset", base.preset) != base.preset:
+                return cls(**merged)
+            return dataclasses.replace(base, **merged)
         except TypeError as error:
             raise FastTowerError(f"the configuration has a value of the wrong type: {error}.") from error
 
@@ -240,24 +281,4 @@ def _check(config: object, name: str, holds: bool, expected: str) -> None:
         raise FastTowerError(f"{flag} is {getattr(config, name)}; expected {expected}.")
 
 
-PRESETS: dict[Preset, Config] = {
-    "default": Config(),
-    # The published notebook's protocol, without its mistake of training on the test part.
-    "notebook": Config(
-        preset="notebook",
-        min_user_interactions=20,
-        test_fraction=0.2,
-        test_min_rating=4,
-        valid_fraction=0,
-        embedding_dim=16,
-        item_bias=False,
-        init_scale=1.0,
-        num_negatives=10,
-        exclude_known_positives=False,
-        l2=(0.0,),
-        loss_scale="pairs",
-        learning_rate=1e-3,
-        batch_size=1024,
-        epochs=30,
-    ),
-}
+PRESETS: dict[Preset, Config] = {"default": Config(), "notebook": Config(preset="notebook")}

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import json
+import os
 import platform
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -364,8 +365,8 @@ class Run:
         with reserved(path):
             self._write(path)
 
-    def _write(self, path: Path) -> None:
-        try:
+    def _write(self, run_dir: Path) -> None:
+        with _all_or_nothing(run_dir) as path:
             config = self.config.to_json(device=self.device, backend=self.backend)
             _write_json(path / "config.json", config)
             save_file(self.model.saved_tensors(), path / "model.safetensors")
@@ -377,8 +378,6 @@ class Run:
             known = self.known_positives.to("cpu")
             save_file({"indptr": known.indptr, "items": known.items}, path / "known_positives.safetensors")
             _write_json(path / "metrics.json", self.metrics)
-        except (OSError, SafetensorError, pl.exceptions.PolarsError) as error:
-            raise FastTowerError(f"the run cannot be written to {path}: {error}.") from error
 
 
 def _known(rows: pl.DataFrame, id_map: pl.DataFrame, unknown: Unknown) -> pl.DataFrame:
@@ -404,11 +403,12 @@ def load_run(path: str | Path, device: str = "cpu") -> Run:
     Raises:
         FastTowerError: a file is missing or is not what it should be.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise FastTowerError(f"the run is {path!r}; expected the path of a run directory.")
     path = Path(path)
     place, _ = choose_device(device, strict=True)
     try:
-        config = json.loads((path / "config.json").read_text())
-        metrics = json.loads((path / "metrics.json").read_text())
+        config, metrics = _read_object(path / "config.json"), _read_object(path / "metrics.json")
         lines = (path / "history.jsonl").read_text().splitlines()
         users, items = (pl.read_parquet(path / f"{name}.parquet") for name in ("users", "items"))
         return Run(
@@ -466,6 +466,24 @@ def reserved(path: Path) -> Iterator[None]:
         raise
 
 
+@contextlib.contextmanager
+def _all_or_nothing(run_dir: Path) -> Iterator[Path]:
+    """A folder to write a run's files to; they come into the run's directory together, or not at all.
+
+    The folder is inside the directory: what is beside it may be another disk, or not ours to write to.
+
+    Raises:
+        FastTowerError: a file cannot be written.
+    """
+    try:
+        with tempfile.TemporaryDirectory(dir=run_dir, prefix=".unfinished-") as folder:
+            yield Path(folder)
+            for file in Path(folder).iterdir():
+                file.rename(run_dir / file.name)
+    except (OSError, SafetensorError, pl.exceptions.PolarsError) as error:
+        raise FastTowerError(f"the run cannot be written to {run_dir}: {error}.") from error
+
+
 def versions() -> dict[str, str]:
     """The versions that a run's figures depend on."""
     names = ("fasttower", "torch", "numpy", "polars", "numba", "triton", "replay-rec")
@@ -476,6 +494,13 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    values = json.loads(path.read_text())
+    if not isinstance(values, dict):
+        raise ValueError(f"{path.name} holds a {type(values).__name__}, not an object")  # noqa: TRY004
+    return values
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

@@ -1,5 +1,7 @@
 """The configuration: ranges, presets, and its json."""
 
+import dataclasses
+
 import pytest
 
 from fasttower.config import PRESETS, Config
@@ -85,6 +87,23 @@ def test_json_with_an_unknown_field():
 
 def test_json_fields_go_over_the_base():
     assert Config.from_json({"epochs": 3}, PRESETS["notebook"]).batch_size == 1024
+
+
+def test_a_preset_gives_what_is_not_given():
+    assert Config(preset="notebook") == PRESETS["notebook"]
+    changed = Config(preset="notebook", embedding_dim=32, l2=0.06)
+    # 32 and 0.06 are defaults; they are given all the same.
+    assert (changed.embedding_dim, changed.l2, changed.batch_size) == (32, (0.06,), 1024)
+    assert dataclasses.replace(PRESETS["notebook"], embedding_dim=32, l2=0.06) == changed
+    assert Config() == PRESETS["default"]
+
+
+def test_json_that_names_a_preset():
+    expected = dataclasses.replace(PRESETS["notebook"], epochs=3)
+    for base in (None, PRESETS["default"], PRESETS["notebook"]):
+        assert Config.from_json({"preset": "notebook", "epochs": 3}, base) == expected
+    whole = dataclasses.replace(expected, embedding_dim=32)
+    assert Config.from_json(whole.to_json(device="cpu", backend="numba"), PRESETS["default"]) == whole
 
 
 def test_the_notebook_preset_is_the_notebooks_protocol():

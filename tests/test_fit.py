@@ -135,6 +135,51 @@ def test_a_run_with_a_damaged_file(run, damaged, tmp_path):
         fasttower.load_run(tmp_path / "run")
 
 
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_disk_that_is_full_leaves_nothing_behind(run, exists, tmp_path, monkeypatch):
+    path = tmp_path / "run"
+    if exists:
+        path.mkdir()
+
+    def write_parquet(frame, target, original=pl.DataFrame.write_parquet):
+        if "recommendations" in str(target):
+            target.write_bytes(b"half of it")
+            raise OSError(28, "No space left on device")
+        original(frame, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pl.DataFrame, "write_parquet", write_parquet)
+        with pytest.raises(FastTowerError, match=r"cannot be written to .*run: .*No space left"):
+            run.save(path)
+    assert path.exists() == exists
+    assert not exists or not list(path.iterdir())
+    run.save(path)
+    assert fasttower.load_run(path).metrics == run.metrics
+
+
+def test_a_run_is_written_where_its_directory_is(run, tmp_path):
+    # A link to another place, whose parent may not be ours to write to.
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    run.save(tmp_path / "link")
+    assert (tmp_path / "there" / "metrics.json").exists()
+    assert (tmp_path / "link").is_symlink()
+
+
+@pytest.mark.parametrize("path", [None, 3])
+def test_what_is_no_path_is_no_run(path):
+    with pytest.raises(FastTowerError, match=f"the run is {path}; expected the path"):
+        fasttower.load_run(path)
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "config.json"])
+def test_a_file_of_a_run_that_holds_no_object(run, name, tmp_path):
+    run.save(tmp_path / "run")
+    (tmp_path / "run" / name).write_text("[1]")
+    with pytest.raises(FastTowerError, match=f"damaged run: {name} holds a list, not an object"):
+        fasttower.load_run(tmp_path / "run")
+
+
 def test_several_seeds_give_means_and_deviations(run, ratings):
     several = fasttower.fit(ratings, Config(**{**vars(CONFIG), "seeds": 3}))
     seeds = several.metrics["test_seeds"]

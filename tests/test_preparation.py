@@ -321,7 +321,7 @@ class TestErrors:
                 {"test_fraction": 0.01, "min_rating": 5, "min_user_interactions": 4},
                 "'min_user_interactions >= 4'",
             ),
-            ({"test_fraction": 0.999}, "'fit (before the test cut)'"),
+            ({"test_fraction": 0.999}, "'fit (before the test cut)' (15 rows before it)"),
         ):
             assert step in one_line_error(BY_HAND, DataConfig(**settings_))
         message = one_line_error(BY_HAND[[0, 2]], DataConfig(test_fraction=0.5, valid_fraction=0))

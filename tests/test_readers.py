@@ -1,4 +1,5 @@
 import datetime as dt
+import gzip
 import tempfile
 import zipfile
 from pathlib import Path
@@ -110,6 +111,21 @@ class TestLayouts:
         path = write(tmp_path / "a.csv", "who,what,item_id\n1,2,3\n")
         assert rows_of(read_interactions(path, {"user_id": "who", "item_id": "what"})) == [(1, 2)]
 
+    @pytest.mark.parametrize("name", LAYOUTS)
+    def test_packed_by_gzip(self, tmp_path, name):
+        path = write(tmp_path / f"{name}.gz", gzip.compress(LAYOUTS[name].encode()))
+        for source in (path, tmp_path):
+            read = read_interactions(source)
+            assert rows_of(read) == ROWS
+            assert read.name == str(path)
+
+    def test_several_files_packed_by_gzip(self, tmp_path):
+        for part, row in enumerate(ROWS):
+            (tmp_path / str(part)).mkdir()
+            text = delimited(",", "user,item,rating,timestamp", [row])
+            write(tmp_path / str(part) / "a.csv.gz", gzip.compress(text.encode()))
+        assert rows_of(read_interactions(tmp_path / "*" / "a.csv.gz")) == ROWS
+
 
 class TestIds:
     """Integers where every value is spelled as an integer is, else text; in every value the caller's own."""
@@ -191,6 +207,24 @@ class TestTimestamps:
         message = one_line_error(path)
         assert f"{path}, line 3: timestamp is in s where others are in ms (found '978300760')" in message
 
+    @pytest.mark.parametrize("rare", ["s", "ms", "us", "ns"])
+    @pytest.mark.parametrize("common", ["s", "ms", "us", "ns"])
+    def test_the_rarer_unit_is_blamed(self, rare, common):
+        factors = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
+        times = [978300760 * factors[unit] for unit in (common, common, rare, common, rare)]
+        frame = pl.DataFrame({"user_id": 1, "item_id": 2, "timestamp": times})
+        if rare == common:
+            assert read_interactions(frame).timestamp_unit == common
+        else:
+            assert f"row 3: timestamp is in {rare} where others are in {common}" in one_line_error(frame)
+
+    @pytest.mark.parametrize("column", ["user_id", "item_id", "timestamp"])
+    def test_integers_that_numpy_lacks(self, column):
+        frame = pl.DataFrame({"user_id": [1], "item_id": [2], "timestamp": [978300760]})
+        message = one_line_error(frame.cast({column: pl.Int128}))
+        assert f"{column} is Int128, expected" in message
+        assert "64 bits" in message
+
 
 class TestBadValues:
     """One line that names the file and its first bad row."""
@@ -262,7 +296,7 @@ class TestNotWhatTheNameSays:
             ("a.tsv", "user_id,item_id\n1,2\n", "found no"),
             ("a.dat", "1,2,3,4\n", "found no '::'"),
             ("a.csv", "1,2,3,4\n1,2,3,4\n", "no column of user"),
-            ("a.csv", "user_id,item_id\n1,2,3\n", "cannot be read"),
+            ("a.csv", "user_id,item_id\n1,2,3\n", "line 2: 3 fields, where the first line has 2"),
             ("a.csv", b"PK\x03\x04user,item\n", "not text"),
             ("a.csv", b"user,it\0em\n1,2\n", "not text"),
             ("a.csv", b"user_id,item_id,\xff\xfe\n1,2,3\n", "not UTF-8"),
@@ -277,6 +311,25 @@ class TestNotWhatTheNameSays:
         message = one_line_error(path)
         assert str(path) in message
         assert expected in message
+
+    def test_a_gzip_that_is_cut_short_or_none_or_goes_by_another_name(self, tmp_path):
+        packed = gzip.compress(LAYOUTS["ratings.csv"].encode())
+        path = tmp_path / "a.csv.gz"
+        for content in (packed[:-12], packed[:20] + bytes(9) + packed[29:], b"user,item\n1,2\n"):
+            message = one_line_error(write(path, content))
+            assert f"{path}: not a readable gzip" in message
+        path = write(tmp_path / "a.csv", packed)
+        assert f"{path}: packed by gzip, though its name says .csv; call it a.csv.gz" in one_line_error(path)
+        assert "unknown kind of file '.txt'" in one_line_error(write(tmp_path / "a.txt.gz", packed))
+
+    def test_a_line_with_too_many_fields_is_named(self, tmp_path):
+        row = '"a, b\nc",1,2\n'
+        for before in (2, 2000):  # within what is looked at first, and behind it
+            path = write(tmp_path / "a.csv", "user,item,rating\n" + row * before + "x,1,2,3\n" + row)
+            message = one_line_error(path)
+            assert f"{path}, line {2 * before + 2}: 4 fields, where the first line has 3" in message
+        path = write(tmp_path / "a.csv", "user,item,rating\n" + "1,2,3,4\n" + "1" * 200_000 + ",2,3\n")
+        assert f"{path}, line 2: 4 fields" in one_line_error(path)
 
     def test_a_zip_that_is_cut_short_or_damaged(self, tmp_path):
         path = tmp_path / "a.zip"

@@ -71,6 +71,9 @@ def test_flags_go_over_the_config_file_over_the_preset(tmp_path):
     path.write_text(json.dumps({"epochs": 7, "embedding_dim": 32}))
     flags = train.read_flags(["--preset", "notebook", "--config", str(path), "--embedding-dim", "8"])
     assert (flags.embedding_dim, flags.epochs, flags.batch_size) == (8, 7, 1024)
+    assert flags.preset == "notebook"
+    # The dimension of the default preset, asked for, is not the notebook's.
+    assert train.read_flags(["--preset", "notebook", "--embedding-dim", "32"]).embedding_dim == 32
 
 
 def test_a_run_can_be_repeated_from_its_config(csv, tmp_path):

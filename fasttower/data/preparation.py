@@ -95,6 +95,7 @@ def prepare(
     for step, condition in _filters(config):
         part = steps.keep(step, condition, part)
         steps.check_left(step)
+    num_rows = len(part.rows)
     rows = part.rows if config.test_min_rating is not None else part.rows.drop("rating", strict=False)
     del part
 
@@ -109,7 +110,7 @@ def prepare(
         valid = rows.filter(~in_train)
 
     fit = steps.add("fit (before the test cut)", rows)
-    steps.check_left("fit")
+    steps.check_left("fit", num_rows)
     if valid is not None and in_train is not None:
         train = steps.add("train (before the validation cut)", rows.filter(in_train))
         valid = _to_evaluate("valid", valid, train, config.test_min_rating, steps)

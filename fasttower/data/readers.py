@@ -22,7 +22,7 @@ import polars as pl
 
 from fasttower.data import timestamps
 from fasttower.data.columns import find_columns
-from fasttower.data.sources import Table, open_table
+from fasttower.data.sources import Table, check_fields, open_table
 from fasttower.errors import FastTowerError
 
 _SAMPLE_ROWS = 1000
@@ -58,17 +58,25 @@ def read_interactions(source: Any, asked: Mapping[str, str | None] | None = None
             or unreadable; the file and its first bad row are named.
     """
     with open_table(source) as table:
-        rows = table.scan({})
-        columns = find_columns(rows.collect_schema().names(), asked or {}, table.name)
-        rows = _select(rows, columns)
-        sample = rows.head(_SAMPLE_ROWS).collect()
-        if sample.is_empty():
-            raise FastTowerError(f"{table.name}: no rows; expected one for each interaction")
-        frame = _read_quickly(table, columns, sample) if table.is_text else None
-        if frame is None:
-            frame = _read_carefully(table, rows, sample, asked or {})
-    unit = timestamps.recognise(frame["timestamp"]) if "timestamp" in columns else None
+        try:
+            frame = _read(table, asked or {})
+        except pl.exceptions.ComputeError as error:
+            if "more fields" in str(error):
+                check_fields(table)
+            raise
+    unit = timestamps.recognise(frame["timestamp"]) if "timestamp" in frame.columns else None
     return Interactions(frame, unit, table.name)
+
+
+def _read(table: Table, asked: Mapping[str, str | None]) -> pl.DataFrame:
+    rows = table.scan({})
+    columns = find_columns(rows.collect_schema().names(), asked, table.name)
+    rows = _select(rows, columns)
+    sample = rows.head(_SAMPLE_ROWS).collect()
+    if sample.is_empty():
+        raise FastTowerError(f"{table.name}: no rows; expected one for each interaction")
+    frame = _read_quickly(table, columns, sample) if table.is_text else None
+    return _read_carefully(table, rows, sample, asked) if frame is None else frame
 
 
 def _select(rows: pl.LazyFrame, columns: Mapping[str, str]) -> pl.LazyFrame:
@@ -149,7 +157,7 @@ def _expression(role: str, sample: pl.Series, table: Table) -> pl.Expr:
     dtype, column = sample.dtype, pl.col(role)
     expression = None
     if role in _IDS:
-        if dtype.is_integer():
+        if _is_integer(dtype):
             expression = column
         elif table.is_text and _fits(_canonical_integer(role), sample):
             expression = _canonical_integer(role)
@@ -160,14 +168,21 @@ def _expression(role: str, sample: pl.Series, table: Table) -> pl.Expr:
             expression = column.cast(pl.Float64, strict=False)
     elif dtype == pl.String:
         expression = timestamps.parse_expression(role, sample.drop_nulls())
-    elif dtype.is_integer() or dtype.is_float() or dtype in (pl.Datetime, pl.Date):
+    elif _is_integer(dtype) or dtype.is_float() or dtype in (pl.Datetime, pl.Date):
         expression = column
     if expression is None:
-        expected = {"rating": "numbers", "timestamp": "numbers or datetimes"}.get(role, "integers or strings")
+        expected = {"rating": "numbers", "timestamp": "numbers of at most 64 bits or datetimes"}.get(
+            role, "integers of at most 64 bits or strings"
+        )
         raise FastTowerError(
             f"{table.name}: {role} is {dtype}, expected {expected}; convert the column first"
         )
     return expression
+
+
+def _is_integer(dtype: pl.DataType) -> bool:
+    """Whether numpy has the integers: it ends at 64 bits, and Polars does not."""
+    return dtype.is_integer() and dtype not in (pl.Int128, getattr(pl, "UInt128", pl.Int128))
 
 
 def _fits(expression: pl.Expr, text: pl.Series) -> bool:
@@ -241,5 +256,6 @@ def _bad_rows(parsed: pl.Expr, values: pl.Series) -> pl.Expr:
         return parsed.is_nan()
     if values.dtype.is_float() and values.is_infinite().any():
         return parsed.is_infinite()
-    small = timestamps.unit_of(values.min())  # type: ignore[arg-type]
-    return parsed < timestamps.limit_of(small)
+    units = timestamps.mixed_units(values)
+    assert units is not None  # nothing else is left
+    return timestamps.in_unit(parsed, units[0])

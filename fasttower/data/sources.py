@@ -6,7 +6,10 @@ Nothing is read here but the first line of a text file: to tell early what is no
 from __future__ import annotations
 
 import contextlib
+import csv
 import glob
+import gzip
+import shutil
 import tempfile
 import zipfile
 import zlib
@@ -26,7 +29,8 @@ _SEPARATORS = {".csv": ",", ".tsv": "\t", ".inter": "\t", ".data": "\t", ".dat":
 _HEADERLESS = (".data", ".dat")
 _QUOTED = (".csv", ".tsv")
 _PARQUET = (".parquet", ".pq")
-_KNOWN = ", ".join((*_SEPARATORS, ".parquet", ".zip"))
+_PACKED = ".gz"
+_KNOWN = ", ".join((*_SEPARATORS, ".parquet", ".zip", "any of them with .gz behind it"))
 
 Types = Mapping[str, pl.DataType | type[pl.DataType]]
 
@@ -71,7 +75,11 @@ def open_table(source: Any) -> Iterator[Table]:  # noqa: ANN401 - frames of libr
         with _readable("the frame"):
             yield _open_frame(source)
         return
-    with _readable(str(source)), _ratings_file(str(source)) as (files, name):
+    with (
+        _readable(str(source)),
+        _ratings_file(str(source)) as (found, name),
+        _unpacked(found) as files,
+    ):
         suffix = files[0].suffix.lower()
         if suffix in _PARQUET:
             yield Table(lambda _: pl.scan_parquet(files, glob=False), name, tuple(files))
@@ -111,6 +119,37 @@ def _ratings_file(source: str) -> Iterator[tuple[list[Path], str]]:
         yield [path], source
 
 
+@contextlib.contextmanager
+def _unpacked(files: list[Path]) -> Iterator[list[Path]]:
+    """The files, those that gzip packed unpacked until the end of the block."""
+    if not any(file.suffix.lower() == _PACKED for file in files):
+        yield files
+        return
+    with tempfile.TemporaryDirectory(prefix="fasttower-") as folder:
+        plain = []
+        for number, file in enumerate(files):
+            if file.suffix.lower() == _PACKED:
+                # Under its own name, and apart from others of that name.
+                (Path(folder) / str(number)).mkdir()
+                plain.append(Path(folder) / str(number) / file.stem)
+                try:
+                    with gzip.open(file) as packed, plain[-1].open("wb") as opened:
+                        shutil.copyfileobj(packed, opened, 1 << 20)
+                except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+                    raise FastTowerError(
+                        f"{file}: not a readable gzip ({error}); download or pack it again"
+                    ) from error
+            else:
+                plain.append(file)
+        yield plain
+
+
+def _suffix(name: str) -> str:
+    """What kind of table a file's name says it is, packed or not."""
+    lower = name.lower()
+    return Path(lower.removesuffix(_PACKED)).suffix
+
+
 def _find_in_folder(folder: Path) -> list[Path]:
     """MovieLens' ratings file here or a folder below, else all parquet files, else the only table."""
     files = sorted(folder.iterdir())
@@ -118,7 +157,7 @@ def _find_in_folder(folder: Path) -> list[Path]:
         for name in _MOVIELENS_FILES:
             if (where / name).is_file():
                 return [where / name]
-    parquet = [file for file in files if file.suffix.lower() in _PARQUET]
+    parquet = [file for file in files if _suffix(file.name) in _PARQUET]
     return parquet or [folder / _only_table([file.name for file in files], str(folder))]
 
 
@@ -137,7 +176,7 @@ def _extract_ratings(archive: Path, folder: str) -> tuple[Path, str]:
 
 
 def _only_table(names: list[str], where: str) -> str:
-    tables = [name for name in names if Path(name).suffix.lower() in (*_SEPARATORS, *_PARQUET)]
+    tables = [name for name in names if _suffix(name) in (*_SEPARATORS, *_PARQUET)]
     if len(tables) == 1:
         return tables[0]
     found = ", ".join(tables[:10]) if tables else "none"
@@ -203,12 +242,46 @@ def _open_text(files: tuple[Path, ...], suffix: str, name: str) -> Table:
     return Table(scan, name, files, ord(separator[0]), "line", 2 if header else 1)
 
 
+def check_fields(table: Table) -> None:
+    """Raise at the first line of a text file that has more fields than the file's first line.
+
+    Polars says that there is one, not which.
+
+    Raises:
+        FastTowerError: such a line.
+    """
+    for path in table.files if table.is_text else ():
+        name = table.name if len(table.files) == 1 else path
+        suffix = path.suffix.lower()
+        apart = len(_SEPARATORS[suffix])
+        with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
+            lines = csv.reader(
+                file,
+                delimiter=chr(table.separator),
+                quoting=csv.QUOTE_MINIMAL if suffix in _QUOTED else csv.QUOTE_NONE,
+            )
+            try:
+                expected = len(next(lines, []))
+                found = next((len(fields) for fields in lines if len(fields) > expected), None)
+            except csv.Error as error:
+                raise FastTowerError(f"{name}, line {lines.line_num}: {error}; correct it") from error
+            if found:
+                raise FastTowerError(
+                    f"{name}, line {lines.line_num}: {-(-found // apart)} fields, where the first line has "
+                    f"{-(-expected // apart)}; correct or remove such lines"
+                )
+
+
 def _first_line(path: Path, name: str) -> str:
     with path.open("rb") as file:
         head = file.readline(1 << 16)
     if not head.strip():
         raise FastTowerError(f"{name}: empty, or its first line is; expected interactions")
-    if head.startswith((b"PK\x03\x04", b"PAR1", b"\x1f\x8b")) or b"\0" in head:
+    if head.startswith(b"\x1f\x8b"):
+        raise FastTowerError(
+            f"{name}: packed by gzip, though its name says {path.suffix}; call it {path.name}{_PACKED}"
+        )
+    if head.startswith((b"PK\x03\x04", b"PAR1")) or b"\0" in head:
         raise FastTowerError(f"{name}: not text, though its name says {path.suffix}; give it its right name")
     try:
         return head.decode("utf-8-sig").rstrip("\r\n")

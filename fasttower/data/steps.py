@@ -68,8 +68,12 @@ class Steps:
         """Log and take a step that keeps the rows of a condition."""
         return self.add(step, part.rows.lazy().filter(condition).collect(), dropped_from=part)
 
-    def check_left(self, name: str) -> None:
+    def check_left(self, name: str, rows_before: int | None = None) -> None:
         """Raise if the last step left nothing.
+
+        Args:
+            name: how its steps begin.
+            rows_before: how many rows there were; those that the step dropped if not given.
 
         Raises:
             FastTowerError: it names the first of the steps of `name` that left nothing.
@@ -78,6 +82,7 @@ class Steps:
             return
         empty = next(count for count in self.counts if count.step.startswith(name) and not count.rows)
         raise FastTowerError(
-            f"nothing is left after the step {empty.step!r} ({empty.dropped_rows} rows before it);"
+            f"nothing is left after the step {empty.step!r} "
+            f"({empty.dropped_rows if rows_before is None else rows_before} rows before it);"
             " lower the minimum ratings and counts, change the fractions, or check that files share their ids"
         )

@@ -39,18 +39,24 @@ def recognise(timestamps: pl.Series) -> str:
     return unit_of(timestamps.max()) if len(timestamps) else "s"  # type: ignore[arg-type]
 
 
-def limit_of(unit: str) -> float:
-    """The magnitude that numbers of this unit stay below."""
-    return dict(_UNITS)[unit]
+def in_unit(timestamps: pl.Expr, unit: str) -> pl.Expr:
+    """Which numbers, 0 or more, are times in this unit."""
+    place = [name for name, _ in _UNITS].index(unit)
+    lowest = _UNITS[place - 1][1] if place else 0
+    return (timestamps >= lowest) & (timestamps < _UNITS[place][1])
 
 
 def mixed_units(timestamps: pl.Series) -> tuple[str, str] | None:
-    """The smallest and the largest of several units in one column, or None: no real time line holds two."""
+    """The rarest and the commonest of several units in one column, or None: no real time line holds two."""
     if not timestamps.dtype.is_numeric() or timestamps.is_empty():
         return None
     lowest, highest = timestamps.min(), timestamps.max()
-    small, large = unit_of(lowest), unit_of(highest)  # type: ignore[arg-type]
-    return (small, large) if small != large and lowest >= _CERTAIN else None  # type: ignore[operator]
+    if unit_of(lowest) == unit_of(highest) or lowest < _CERTAIN:  # type: ignore[arg-type, operator]
+        return None
+    column = pl.col(timestamps.name)
+    counts = timestamps.to_frame().select(in_unit(column, unit).sum().alias(unit) for unit, _ in _UNITS)
+    found = sorted((count, place) for place, count in enumerate(counts.row(0)) if count)
+    return _UNITS[found[0][1]][0], _UNITS[found[-1][1]][0]
 
 
 def parse_expression(column: str, sample: Iterable[str]) -> pl.Expr:
