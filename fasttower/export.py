@@ -79,7 +79,7 @@ def _vectors_with_bias(run: Run) -> tuple[np.ndarray, np.ndarray]:
         vectors.detach().cpu().numpy() for vectors in (run.model.infer_users(), run.model.infer_items())
     )
     if run.model.item_bias is None:
-        return np.ascontiguousarray(users), np.ascontiguousarray(items)
+        return users, items
     bias = run.model.item_bias.detach().cpu().numpy()
     ones = np.ones((len(users), 1), dtype=np.float32)
     return np.concatenate([users, ones], axis=1), np.concatenate([items, bias[:, None]], axis=1)

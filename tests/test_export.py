@@ -103,7 +103,7 @@ def test_a_model_without_a_bias_has_no_dimension_for_it(ratings, tmp_path):
     run = fasttower.fit(ratings, Config(**{**vars(CONFIG), "item_bias": False, "epochs": 1}))
     run.export(tmp_path / "out", "numpy")
     assert np.load(tmp_path / "out" / "item_vectors.npy").shape == (len(run.items), 4)
-    assert np.load(tmp_path / "out" / "user_vectors.npy").flags.c_contiguous
+    assert np.load(tmp_path / "out" / "user_vectors.npy").shape == (len(run.users), 4)
 
 
 def test_what_cannot_be_written_is_refused_before_anything_is(run, tmp_path, monkeypatch):

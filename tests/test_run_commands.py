@@ -214,11 +214,15 @@ def test_sizes_are_read_as_people_write_them(text, expected):
 
 
 def test_a_file_that_cannot_be_finished_leaves_the_old_one(ask, saved, tmp_path, monkeypatch):
+    def write_half(rows, path):
+        path.write_text("half")
+        raise OSError("No space left on device")
+
     (tmp_path / "out.csv").write_text("old")
     monkeypatch.setitem(
         __import__("fasttower.commands.output", fromlist=["_WRITERS"])._WRITERS,
         ".csv",
-        lambda rows, path: (_ for _ in ()).throw(OSError("No space left on device")),
+        write_half,
     )
     code, _, err = ask("recommend", saved, "--output", tmp_path / "out.csv")
     assert code == 2

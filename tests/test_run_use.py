@@ -152,6 +152,15 @@ def test_scores_are_the_models_in_the_order_given(run):
         assert rating == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_columns_that_the_run_was_told_of_count_where_they_are_there(ratings):
+    renamed = ratings.rename({"user": "who", "item": "what"})
+    config = Config(**{**vars(CONFIG), "user_column": "who", "item_column": "what", "epochs": 1})
+    run = fasttower.fit(renamed, config)
+    pairs = renamed.head(3).with_columns(user=pl.lit("nobody"))
+    assert run.score(pairs)["user_id"].to_list() == pairs["who"].to_list()
+    assert run.score(run.recommend(["001"], k=2)).height == 2
+
+
 def test_unknown_pairs_are_named_or_skipped(run):
     pairs = pl.DataFrame({"user": ["003", "zz"], "item": ["item 4", "item 4"]})
     with pytest.raises(FastTowerError, match="'zz'"):

@@ -43,7 +43,7 @@ def test_titles_of_a_zip(tmp_path, name):
     folder = folder_of(tmp_path, name)
     with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
         for file in folder.iterdir():
-            archive.write(file, f"__MACOSX/{name}/{file.name}")
+            archive.writestr(f"__MACOSX/{name}/{file.name}", b"\0\5\x16\7")
             archive.write(file, f"{name}/{file.name}")
     assert read_titles(tmp_path / "set.zip").equals(EXPECTED)
 
