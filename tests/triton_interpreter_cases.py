@@ -476,7 +476,7 @@ def test_a_row_has_one_owner(guarded):
 def test_catch_up_of_rows_that_wait_for_long(guarded):
     """Rows with gradients that wait for 1 to 1,000 updates, far more than are replayed, and rows without."""
     updates, stamps = 1000, [0, 1, 700, 900, 998, 999]
-    start = make_tables(6, num_users=11, num_items=13)
+    start = make_tables(10, num_users=11, num_items=13)
     generator = torch.Generator().manual_seed(0)
     gradients, moments_1 = (
         Tables(*(torch.randn(t.shape, generator=generator) for t in start)) for _ in range(2)
@@ -499,8 +499,9 @@ def test_catch_up_of_rows_that_wait_for_long(guarded):
     state = [guarded.tables(t) for t in (start, gradients, moments_1, moments_2)]
     lazy_adam_triton.catch_up_launch(
         *state,
-        user_stamps=guarded.like(row_stamps[0]),
-        item_stamps=guarded.like(row_stamps[1]),
+        # After the last row's stamp lie others that are behind too: their rows are no part of the tables.
+        user_stamps=torch.cat([row_stamps[0], torch.zeros(64, dtype=torch.int32)])[:11],
+        item_stamps=torch.cat([row_stamps[1], torch.zeros(64, dtype=torch.int32)])[:13],
         rates=guarded.like(adam_triton.step_rates(2 * updates + 1, updates, 0.01)),
         decays=guarded.like(lazy_adam_triton.decays(updates)),
         counters=torch.tensor([0, 3 * updates]),

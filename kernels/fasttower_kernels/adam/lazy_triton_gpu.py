@@ -37,7 +37,7 @@ _BETA_1 = tl.constexpr(BETA_1)
 _ROOT_OF_BETA_2 = tl.constexpr(math.sqrt(BETA_2))
 _EPSILON = tl.constexpr(EPSILON)
 _MOST_REPLAYED = tl.constexpr(MOST_REPLAYED)
-_UNROLLED = tl.constexpr(4)
+_UNROLLED = tl.constexpr(2)
 
 
 @triton.jit
@@ -86,8 +86,8 @@ def catch_up_rows(
     decay = 1.0
     spread = 1.0
     while k <= most:
-        # A row whose terms are done goes on with a step size of 0. Several at once, to wait for their loads
-        # and divisions together.
+        # A row whose terms are done goes on with a step size of 0. Two at a time wait for their loads and
+        # divisions together; more would spill.
         for _ in tl.static_range(_UNROLLED):
             due = k <= replayed
             step_size = tl.load(own_rate_ptr + 2 * k, mask=due, other=0.0)
