@@ -3,6 +3,7 @@
 import json
 import math
 
+import polars as pl
 import pytest
 import torch
 from conftest import CONFIG
