@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from topk_oracle import assert_equal, integers, oracle, padded, random_seen
 
 from fasttower_kernels.known_positives import KnownPositives
-from fasttower_kernels.topk import top_k
+from fasttower_kernels.topk import reference, top_k
 from fasttower_kernels.topk.tiles import Catalogue
 
 try:
@@ -174,6 +174,17 @@ def test_many_chunks_on_several_threads_keep_their_rows(monkeypatch):
 
 
 @needs_numba
+@pytest.mark.parametrize("budget", [50_000, 1_000_000, 3_000_000])
+def test_all_workers_together_keep_the_budget(monkeypatch, budget):
+    shapes = []
+    worker = numba_cpu._Worker
+    monkeypatch.setattr(numba_cpu, "_Worker", lambda shape: shapes.append(shape) or worker(shape))
+    torch.set_num_threads(4)
+    top_k(torch.ones(3000, 2), torch.ones(5000, 2), k=1, memory_budget_bytes=budget, backend="numba")
+    assert budget // 2 < sum(shape.num_bytes for shape in shapes) <= budget
+
+
+@needs_numba
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("share", [0.5, 0.95])
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
@@ -219,6 +230,12 @@ def test_uninitialised_memory_is_not_read(backend, share):
     finally:
         torch.use_deterministic_algorithms(False)
     assert_equal(result, oracle(users, items, 20, **given))
+
+
+def test_the_best_of_a_tile_take_negative_zero_for_zero():
+    columns, best = reference._best_of_tile(torch.tensor([[-1.0, -0.0, 0.0, -0.0, 0.0]]), 3)
+    assert columns.tolist() == [[1, 2, 3]]
+    assert not torch.signbit(best).any()
 
 
 @needs_numba
@@ -285,7 +302,7 @@ MEMORY = """
     import ctypes
     import torch
     from fasttower_kernels.known_positives import KnownPositives
-    from fasttower_kernels.topk import top_k
+    from fasttower_kernels.topk import reference, top_k
 
     # What is freed goes back to the system (M_MMAP_THRESHOLD), so that it counts when it is allocated again.
     ctypes.CDLL(None).mallopt(-3, 16384)
