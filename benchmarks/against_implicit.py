@@ -47,9 +47,9 @@ from fasttower.evaluation.replay_report import replay_metrics
 from fasttower.model import TwoTower
 from fasttower.pipeline import to_training_data
 from fasttower.retrieval import recommendation_frame
-from fasttower.run import versions
 from fasttower.training.selection import TrainingData, train_model
 from fasttower.training.validation import Validation
+from fasttower.versions import versions
 from fasttower_kernels.known_positives import KnownPositives
 from fasttower_kernels.tables import Interactions
 from fasttower_kernels.topk import top_k

@@ -23,8 +23,8 @@ import torch
 from fasttower.config import PRESETS
 from fasttower.data.preparation import prepare
 from fasttower.pipeline import to_training_data
-from fasttower.run import versions
 from fasttower.training.selection import train_model
+from fasttower.versions import versions
 
 GRID = {
     "embedding_dim": [16, 32, 64],

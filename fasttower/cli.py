@@ -57,8 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0 if arguments else EXIT_BAD_INPUT
     if arguments[0] not in COMMANDS:
         return fail(f"there is no command {arguments[0]!r}; the commands are: {', '.join(COMMANDS)}.")
-    module = importlib.import_module(COMMANDS[arguments[0]].module)
-    return guarded(module.run, arguments[1:])
+    command = COMMANDS[arguments[0]]
+    return guarded(lambda rest: importlib.import_module(command.module).run(rest), arguments[1:])
 
 
 def guarded(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
@@ -66,8 +66,11 @@ def guarded(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the shell
             setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 - until the process ends
+        if hasattr(getattr(sys, name), "reconfigure"):
+            getattr(sys, name).reconfigure(errors="replace")  # a title in a terminal of another alphabet
     try:
-        return command(arguments)
+        code = command(arguments)
+        sys.stdout.flush()
     except TrainingError as error:
         return fail(str(error), EXIT_TRAINING_FAILED)
     except FastTowerError as error:
@@ -75,8 +78,17 @@ def guarded(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -
     except KeyboardInterrupt:
         return fail("interrupted.", EXIT_INTERRUPTED)
     except BrokenPipeError:  # the reader of our output went away: nothing is left to say
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_stdout()
         return 0
+    except OSError as error:
+        _discard_stdout()
+        return fail(f"reading or writing failed: {error}.")
+    return code
+
+
+def _discard_stdout() -> None:
+    """Send what is still in the buffer nowhere, so that Python does not complain of it at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def fail(message: str, code: int = EXIT_BAD_INPUT) -> int:

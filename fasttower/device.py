@@ -24,6 +24,9 @@ def choose_device(requested: str, *, strict: bool = False) -> tuple[torch.device
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if requested == "auto":
         return torch.device(next(name for name in ("cuda", "mps", "cpu") if there[name])), None
+    requested = str(requested)
+    if requested not in there:
+        raise FastTowerError(f"the device is {requested!r}; expected one of auto, {', '.join(there)}.")
     if there[requested]:
         return torch.device(requested), None
     reason = f"--device {requested} was asked for, but {_why_not(requested)}"

@@ -16,6 +16,7 @@ import numpy as np
 import polars as pl
 
 from fasttower.errors import FastTowerError
+from fasttower.run_directory import all_or_nothing, reserved, run_path
 
 if TYPE_CHECKING:
     from fasttower.run import Run
@@ -27,26 +28,25 @@ Format = Literal["faiss", "hnswlib", "numpy", "parquet"]
 _HNSW_LINKS, _HNSW_CANDIDATES = 48, 400
 
 
-def export_run(run: Run, folder: str | Path, kind: Format) -> list[Path]:
+def export_run(run: Run, to: str | Path, kind: Format) -> list[Path]:
     """See `Run.export`."""
     if kind not in get_args(Format):
         raise FastTowerError(f"the format is {kind!r}; expected one of {', '.join(get_args(Format))}.")
     library = _library(kind)
-    folder = Path(folder)
-    try:
-        if folder.is_dir() and any(folder.iterdir()):
-            raise FastTowerError(f"the folder {folder} is not empty; give another.")
-        folder.mkdir(parents=True, exist_ok=True)
+    to = run_path(to)
+    with reserved(to), all_or_nothing(to) as folder:
         users, items = _vectors_with_bias(run)
-        files = _write_parquet(run, folder, users, items) if kind == "parquet" else []
-        if kind != "parquet":
-            files += _write_ids(run, folder)
-            files.append(_save(folder / "user_vectors.npy", users))
+        if kind == "parquet":
+            _write_parquet(run, folder, users, items)
+        else:
+            run.users.write_parquet(folder / "users.parquet")
+            run.items.write_parquet(folder / "items.parquet")
+            np.save(folder / "user_vectors.npy", users, allow_pickle=False)
         if kind == "numpy":
-            files.append(_save(folder / "item_vectors.npy", items))
+            np.save(folder / "item_vectors.npy", items, allow_pickle=False)
         elif library is not None:
             write = {"faiss": _write_faiss, "hnswlib": _write_hnswlib}[kind]
-            files.append(write(library, folder, items))
+            write(library, folder, items)
         about = {
             "format": kind,
             "space": "inner product",
@@ -55,9 +55,7 @@ def export_run(run: Run, folder: str | Path, kind: Format) -> list[Path]:
             "items": len(items),
         }
         (folder / "about.json").write_text(json.dumps(about, indent=2) + "\n")
-    except (OSError, pl.exceptions.PolarsError) as error:
-        raise FastTowerError(f"the export cannot be written to {folder}: {error}.") from error
-    return [*files, folder / "about.json"]
+    return sorted(to.iterdir())
 
 
 def _library(kind: Format) -> ModuleType | None:
@@ -85,37 +83,21 @@ def _vectors_with_bias(run: Run) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate([users, ones], axis=1), np.concatenate([items, bias[:, None]], axis=1)
 
 
-def _write_parquet(run: Run, folder: Path, users: np.ndarray, items: np.ndarray) -> list[Path]:
-    paths = [folder / "users.parquet", folder / "items.parquet"]
-    for path, id_map, vectors in zip(paths, (run.users, run.items), (users, items), strict=True):
+def _write_parquet(run: Run, folder: Path, users: np.ndarray, items: np.ndarray) -> None:
+    for name, id_map, vectors in (("users", run.users, users), ("items", run.items, items)):
         column = pl.Series("vector", vectors, dtype=pl.Array(pl.Float32, vectors.shape[1]))
-        id_map.drop(id_map.columns[1]).with_columns(column).write_parquet(path)
-    return paths
+        rows = id_map.drop(id_map.columns[1]).with_columns(column)
+        rows.write_parquet(folder / f"{name}.parquet")
 
 
-def _write_ids(run: Run, folder: Path) -> list[Path]:
-    """The ids by row: row i of a table or entry i of an index is index i."""
-    paths = [folder / "users.parquet", folder / "items.parquet"]
-    for path, id_map in zip(paths, (run.users, run.items), strict=True):
-        id_map.write_parquet(path)
-    return paths
-
-
-def _save(path: Path, array: np.ndarray) -> Path:
-    np.save(path, array, allow_pickle=False)
-    return path
-
-
-def _write_faiss(faiss: ModuleType, folder: Path, items: np.ndarray) -> Path:
+def _write_faiss(faiss: ModuleType, folder: Path, items: np.ndarray) -> None:
     index = faiss.IndexFlatIP(items.shape[1])
     index.add(items)
     faiss.write_index(index, str(folder / "items.faiss"))
-    return folder / "items.faiss"
 
 
-def _write_hnswlib(hnswlib: ModuleType, folder: Path, items: np.ndarray) -> Path:
+def _write_hnswlib(hnswlib: ModuleType, folder: Path, items: np.ndarray) -> None:
     index = hnswlib.Index(space="ip", dim=items.shape[1])
     index.init_index(max_elements=len(items), M=_HNSW_LINKS, ef_construction=_HNSW_CANDIDATES, random_seed=0)
     index.add_items(items, np.arange(len(items)), num_threads=1)  # in one order, so that it repeats
     index.save_index(str(folder / "items.hnsw"))
-    return folder / "items.hnsw"

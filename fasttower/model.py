@@ -101,11 +101,15 @@ class TwoTower(nn.Module):
         """
         users, items = tensors.get("user_embedding"), tensors.get("item_embedding")
         bias = tensors.get("item_bias")
-        if users is None or items is None or users.shape[1:] != items.shape[1:]:
-            shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-            raise FastTowerError(
-                f"the weights are {shapes}; expected user_embedding (U, D), item_embedding (I, D)."
-            )
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        message = (
+            f"the weights are {shapes}; expected user_embedding (U, D), item_embedding (I, D) and maybe"
+            " item_bias (I,)."
+        )
+        if users is None or items is None or not users.ndim == items.ndim == 2:
+            raise FastTowerError(message)
+        if users.shape[1] != items.shape[1] or (bias is not None and bias.shape != items.shape[:1]):
+            raise FastTowerError(message)
         model = TwoTower(len(users), len(items), users.shape[1], item_bias=bias is not None)
         with torch.no_grad():
             model.user_tower.vectors.copy_(users)

@@ -20,9 +20,10 @@ from fasttower.evaluation.popularity import most_popular
 from fasttower.evaluation.replay_report import replay_metrics
 from fasttower.model import TwoTower
 from fasttower.retrieval import recommend, recommendation_frame, rows_at
-from fasttower.run import Run, versions
+from fasttower.run import Run
 from fasttower.training.selection import TrainedModel, TrainingData, train_model
 from fasttower.training.trainer import Observer
+from fasttower.versions import versions
 from fasttower_kernels.backends import choose_backend
 from fasttower_kernels.known_positives import KnownPositives
 from fasttower_kernels.tables import Interactions, padded

@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
 from types import TracebackType
 
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from fasttower.config import Config
+from fasttower.console import Console
 from fasttower.data.preparation import PreparedData
 from fasttower.pipeline import FitObserver
 from fasttower.run import Run
 from fasttower.training.trainer import EpochRecord
-
-
-class _Console(Console):
-    """A console whose reader may go away: the run goes on unseen, and is written."""
-
-    def on_broken_pipe(self) -> None:
-        """Send what is still to be shown nowhere."""
-        self.quiet = True
-        stream = sys.stderr if self.stderr else sys.stdout
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class DownloadBar:
@@ -70,8 +58,8 @@ class ConsoleObserver(FitObserver):
     """
 
     def __init__(self, *, quiet: bool = False, to_stderr: bool = False) -> None:
-        self._console = _Console(quiet=quiet, stderr=to_stderr, highlight=False, emoji=False)
-        self._warnings = Console(stderr=True, highlight=False)
+        self._console = Console(quiet=quiet, stderr=to_stderr)
+        self._warnings = Console(stderr=True)
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),

@@ -1,14 +1,7 @@
-"""A run: a trained model, its ids, configuration, history, recommendations and metrics; and its directory."""
+"""A finished run: a trained model with its ids, and what it can be asked for."""
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import importlib.metadata
-import json
-import os
-import platform
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,19 +10,18 @@ from typing import Any
 import numpy as np
 import polars as pl
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fasttower.config import Config
-from fasttower.data.later_rows import read_later_rows, with_index
+from fasttower.data.later_rows import positives, read_later_rows
 from fasttower.device import choose_device
 from fasttower.errors import FastTowerError
 from fasttower.evaluation.later_test import Evaluation, evaluate_run
 from fasttower.export import Format, export_run
 from fasttower.model import TwoTower
-from fasttower.retrieval import find_ids, nearest, recommend
+from fasttower.retrieval import find_ids, nearest, recommend, with_index
 from fasttower.retrieval.ids import Unknown
+from fasttower.run_directory import read_run, reserved, run_path, write_run
 from fasttower.training.fold_in import fold_in
 from fasttower.training.trainer import EpochRecord, Observer
 from fasttower.update import update_run
@@ -164,13 +156,14 @@ class Run:
 
         Args:
             interactions: a path, or a Polars, pandas or Arrow frame with columns of user and item ids; rows
-                rated below the run's `min_rating` are none.
+                rated below the run's `min_rating` say nothing of what the user likes.
             k: items wanted a user.
-            filter_seen: leave out what is in the interactions.
+            filter_seen: leave out what is in the interactions, whatever its rating.
             deny: as in `recommend`.
             allow: as in `recommend`.
             unknown: what to do about items that the run does not know: "raise", or "skip" their rows. A user
-                who is left with none gets what suits everybody: the items of the largest biases.
+                who is left with none gets what suits everybody, the items of the largest biases; and nothing
+                where the model has no bias.
             memory_budget_bytes: as in `recommend`.
 
         Returns:
@@ -179,13 +172,19 @@ class Run:
         Raises:
             FastTowerError: interactions that cannot be read, unknown items, or nothing allowed.
         """
-        rows = read_later_rows(interactions, self.config, self.config.min_rating)
+        rows = read_later_rows(interactions, self.config, rated=self.config.min_rating is not None)
         user_ids = rows["user_id"].unique(maintain_order=True)
         rows = _known(rows, self.items, unknown)
         numbered = user_ids.to_frame().with_row_index("user_index")
         rows = rows.join(numbered, on="user_id", how="left", maintain_order="left")
-        touched = KnownPositives.from_pairs(
-            self._index(rows["user_index"]), self._index(rows["item_index"]), len(user_ids), len(self.items)
+        touched, seen = (
+            KnownPositives.from_pairs(
+                self._index(some["user_index"]),
+                self._index(some["item_index"]),
+                len(user_ids),
+                len(self.items),
+            )
+            for some in (positives(rows, self.config.min_rating), rows)
         )
         vectors = fold_in(
             touched,
@@ -194,15 +193,18 @@ class Run:
             LossSettings(self.config.num_negatives, self.metrics["l2"], self.config.loss_scale),
             exclude_known_positives=self.config.exclude_known_positives,
         )
+        users = torch.arange(len(user_ids), device=vectors.device)
+        if self.model.item_bias is None:  # then nothing is known of who has touched nothing
+            users = users[touched.degrees > 0]
         return pl.concat(
             recommend(
-                vectors,
-                user_ids,
+                vectors[users],
+                user_ids.gather(users.cpu().numpy()),
                 self.model,
                 self.items,
                 k=k,
-                seen=touched if filter_seen else None,
-                seen_users=torch.arange(len(user_ids), device=vectors.device),
+                seen=seen if filter_seen else None,
+                seen_users=users,
                 candidates=self._candidates(deny, allow),
                 memory_budget_bytes=memory_budget_bytes,
             )
@@ -303,7 +305,8 @@ class Run:
         new items where training would begin. The run itself stays as it is.
 
         Args:
-            interactions: as in `recommend_new`.
+            interactions: a path, or a Polars, pandas or Arrow frame with columns of user and item ids; rows
+                rated below the run's `min_rating` are left out.
             epochs: passes over old pairs and new rows together.
             observer: progress and the stop signal.
 
@@ -361,23 +364,9 @@ class Run:
         Raises:
             FastTowerError: the directory is not empty, or cannot be written.
         """
-        path = Path(path)
+        path = run_path(path)
         with reserved(path):
-            self._write(path)
-
-    def _write(self, run_dir: Path) -> None:
-        with _all_or_nothing(run_dir) as path:
-            config = self.config.to_json(device=self.device, backend=self.backend)
-            _write_json(path / "config.json", config)
-            save_file(self.model.saved_tensors(), path / "model.safetensors")
-            self.users.write_parquet(path / "users.parquet")
-            self.items.write_parquet(path / "items.parquet")
-            lines = (json.dumps(dataclasses.asdict(record)) + "\n" for record in self.history)
-            (path / "history.jsonl").write_text("".join(lines))
-            self.recommendations.write_parquet(path / "recommendations.parquet")
-            known = self.known_positives.to("cpu")
-            save_file({"indptr": known.indptr, "items": known.items}, path / "known_positives.safetensors")
-            _write_json(path / "metrics.json", self.metrics)
+            write_run(self, path)
 
 
 def _known(rows: pl.DataFrame, id_map: pl.DataFrame, unknown: Unknown) -> pl.DataFrame:
@@ -401,107 +390,10 @@ def load_run(path: str | Path, device: str = "cpu") -> Run:
         device: where the model is to be, wherever it was trained: "auto", "cpu", "cuda" or "mps".
 
     Raises:
-        FastTowerError: a file is missing or is not what it should be.
+        FastTowerError: a file is missing or is not what it should be, or there is no such device.
     """
-    if not isinstance(path, str | os.PathLike):
-        raise FastTowerError(f"the run is {path!r}; expected the path of a run directory.")
-    path = Path(path)
     place, _ = choose_device(device, strict=True)
-    try:
-        config, metrics = _read_object(path / "config.json"), _read_object(path / "metrics.json")
-        lines = (path / "history.jsonl").read_text().splitlines()
-        users, items = (pl.read_parquet(path / f"{name}.parquet") for name in ("users", "items"))
-        return Run(
-            model=TwoTower.from_saved(load_file(path / "model.safetensors")).to(place),
-            users=users,
-            items=items,
-            config=Config.from_json(config),
-            device=config["device"],
-            backend=config["backend"],
-            history=[EpochRecord(**json.loads(line)) for line in lines],
-            recommendations=pl.read_parquet(path / "recommendations.parquet"),
-            metrics=metrics,
-            known_positives=_read_known(path / "known_positives.safetensors", users, items).to(place),
-        )
-    except FileNotFoundError as error:
-        raise FastTowerError(
-            f"{path} is not a run directory: {error.filename or error} is missing."
-        ) from error
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError, pl.exceptions.PolarsError) as error:
-        raise FastTowerError(f"{path} holds a damaged run: {error}.") from error
-
-
-def _read_known(path: Path, users: pl.DataFrame, items: pl.DataFrame) -> KnownPositives:
-    tensors = load_file(path)
-    known = KnownPositives(tensors["indptr"], tensors["items"], items.height)
-    if known.num_users != users.height or int(known.indptr[-1]) != len(known.items):
-        raise ValueError(f"{path.name} holds {known.num_users} users, users.parquet {users.height}")
-    return known
-
-
-@contextlib.contextmanager
-def reserved(path: Path) -> Iterator[None]:
-    """Make a run's directory before there is a run, and take it away again if the block fails.
-
-    Raises:
-        FastTowerError: there is a file, a directory that is not empty, or none can be made or written in.
-    """
-    try:
-        if path.is_dir() and any(path.iterdir()):
-            raise FastTowerError(f"the run directory {path} is not empty; give another --run-dir.")
-        made = not path.exists()
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
-        raise FastTowerError(
-            f"the run directory {path} cannot be written: {error}; give another --run-dir."
-        ) from error
-    try:
-        yield
-    except BaseException:
-        if made:
-            with contextlib.suppress(OSError):
-                path.rmdir()
-        raise
-
-
-@contextlib.contextmanager
-def _all_or_nothing(run_dir: Path) -> Iterator[Path]:
-    """A folder to write a run's files to; they come into the run's directory together, or not at all.
-
-    The folder is inside the directory: what is beside it may be another disk, or not ours to write to.
-
-    Raises:
-        FastTowerError: a file cannot be written.
-    """
-    try:
-        with tempfile.TemporaryDirectory(dir=run_dir, prefix=".unfinished-") as folder:
-            yield Path(folder)
-            for file in Path(folder).iterdir():
-                file.rename(run_dir / file.name)
-    except (OSError, SafetensorError, pl.exceptions.PolarsError) as error:
-        raise FastTowerError(f"the run cannot be written to {run_dir}: {error}.") from error
-
-
-def versions() -> dict[str, str]:
-    """The versions that a run's figures depend on."""
-    names = ("fasttower", "torch", "numpy", "polars", "numba", "triton", "replay-rec")
-    found = {"python": platform.python_version()}
-    for name in names:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    values = json.loads(path.read_text())
-    if not isinstance(values, dict):
-        raise ValueError(f"{path.name} holds a {type(values).__name__}, not an object")  # noqa: TRY004
-    return values
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n")
+    fields = read_run(run_path(path))
+    fields["model"] = fields["model"].to(place)
+    fields["known_positives"] = fields["known_positives"].to(place)
+    return Run(**fields)

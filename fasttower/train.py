@@ -56,7 +56,7 @@ def run(arguments: Sequence[str]) -> int:
         return 0
     from fasttower.pipeline import fit  # noqa: PLC0415 - after the flags are known to be good: it imports torch
     from fasttower.report import ConsoleObserver  # noqa: PLC0415
-    from fasttower.run import reserved  # noqa: PLC0415
+    from fasttower.run_directory import reserved  # noqa: PLC0415
 
     config = Config(**{field.name: getattr(flags, field.name) for field in dataclasses.fields(Config)})
     name = re.sub(r"[^\w.-]+", "_", Path(config.data).resolve().stem)[:100]

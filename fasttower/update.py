@@ -11,10 +11,10 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from fasttower.data.later_rows import read_later_rows, with_index
+from fasttower.data.later_rows import positives, read_later_rows
 from fasttower.device import cpu_cores, cpu_threads
-from fasttower.errors import FastTowerError
-from fasttower.retrieval import recommend
+from fasttower.errors import FastTowerError, whole_number
+from fasttower.retrieval import recommend, with_index
 from fasttower.training.extension import extended_model
 from fasttower.training.trainer import Observer, train
 from fasttower_kernels.known_positives import KnownPositives
@@ -26,11 +26,16 @@ if TYPE_CHECKING:
 
 def update_run(run: Run, interactions: Any, *, epochs: int, observer: Observer) -> Run:  # noqa: ANN401
     """See `Run.update`."""
-    if epochs < 1:
-        raise FastTowerError(f"epochs is {epochs}; expected 1 or more.")
+    epochs = whole_number("epochs", epochs)
     began = time.perf_counter()
     config, l2 = run.config, run.metrics["l2"]
-    rows = read_later_rows(interactions, config, config.min_rating)
+    rows = positives(
+        read_later_rows(interactions, config, rated=config.min_rating is not None), config.min_rating
+    )
+    if rows.is_empty():
+        raise FastTowerError(
+            f"no row is rated at least {config.min_rating:g}, the run's min_rating: nothing to learn from."
+        )
     users, rows, old_users = _extended(run.users, rows)
     items, rows, old_items = _extended(run.items, rows)
 
@@ -38,19 +43,17 @@ def update_run(run: Run, interactions: Any, *, epochs: int, observer: Observer) 
     device = known.items.device
     old_users, old_items = old_users.to(device), old_items.to(device)
     before = torch.repeat_interleave(old_users, known.degrees), old_items[known.items.long()]
-    positives = Interactions(
+    pairs = Interactions(
         *(
             torch.cat([old.int(), torch.from_numpy(rows[name].to_numpy().astype(np.int32)).to(device)])
             for old, name in zip(before, ("user_index", "item_index"), strict=True)
         )
     )
-    known = KnownPositives.from_pairs(positives.user_index, positives.item_index, users.height, items.height)
-    model = extended_model(run.model, old_users, old_items, positives, users.height, items.height, config, l2)
+    known = KnownPositives.from_pairs(pairs.user_index, pairs.item_index, users.height, items.height)
+    model = extended_model(run.model, old_users, old_items, pairs, users.height, items.height, config, l2)
     # The run may have been trained on a machine with more cores.
     with cpu_threads(config.threads and min(config.threads, cpu_cores())):
-        history = train(
-            model, positives, known, config, l2=l2, epochs=epochs, phase="update", observer=observer
-        )
+        history = train(model, pairs, known, config, l2=l2, epochs=epochs, phase="update", observer=observer)
     everybody = torch.arange(users.height, device=device)
     frames = recommend(
         model.infer_users(),
@@ -90,10 +93,23 @@ def _extended(id_map: pl.DataFrame, rows: pl.DataFrame) -> tuple[pl.DataFrame, p
     """The map with the ids of the rows in it, the rows with its indices, and where its old rows went."""
     column, index = id_map.columns[:2]
     unknown = with_index(rows, id_map).filter(pl.col(index).is_null())[column].unique()
-    ids = pl.concat([id_map[column], unknown.cast(id_map.schema[column])]).sort()
+    ids = pl.concat(_of_one_type(id_map[column], unknown)).sort()
     joined = pl.DataFrame({column: ids, index: np.arange(len(ids), dtype=np.int32)})
-    if "title" in id_map.columns:
-        titles = id_map.select(column, "title")
-        joined = joined.join(titles, on=column, how="left", maintain_order="left")
     places = with_index(id_map.select(column), joined)[index]
+    if "title" in id_map.columns:
+        titles = pl.DataFrame({index: places, "title": id_map["title"]})
+        joined = joined.join(titles, on=index, how="left", maintain_order="left")
     return joined, with_index(rows, joined), torch.from_numpy(places.to_numpy().astype(np.int64))
+
+
+def _of_one_type(old: pl.Series, new: pl.Series) -> tuple[pl.Series, pl.Series]:
+    """The ids of a run and new ones in the run's type, or in 64 bits where that is too narrow."""
+    for dtype in (old.dtype, pl.Int64, pl.UInt64):
+        try:
+            return old.cast(dtype), new.cast(dtype)
+        except pl.exceptions.InvalidOperationError:
+            continue
+    raise FastTowerError(
+        f"{old.name} is {old.dtype} in the run and {new.dtype} in the new rows, which no type of 64 bits"
+        " holds together; write the new rows with the run's type."
+    )

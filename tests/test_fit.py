@@ -150,7 +150,7 @@ def test_a_disk_that_is_full_leaves_nothing_behind(run, exists, tmp_path, monkey
 
     with monkeypatch.context() as patched:
         patched.setattr(pl.DataFrame, "write_parquet", write_parquet)
-        with pytest.raises(FastTowerError, match=r"cannot be written to .*run: .*No space left"):
+        with pytest.raises(FastTowerError, match=r"run cannot be written: .*No space left"):
             run.save(path)
     assert path.exists() == exists
     assert not exists or not list(path.iterdir())
@@ -169,7 +169,7 @@ def test_a_run_is_written_where_its_directory_is(run, tmp_path):
 
 @pytest.mark.parametrize("path", [None, 3])
 def test_what_is_no_path_is_no_run(path):
-    with pytest.raises(FastTowerError, match=f"the run is {path}; expected the path"):
+    with pytest.raises(FastTowerError, match=f"the path is {path}; expected that of a directory"):
         fasttower.load_run(path)
 
 

@@ -1,6 +1,8 @@
 """The commands that use a run, as a user types them."""
 
 import json
+import subprocess
+import sys
 
 import polars as pl
 import pytest
@@ -102,6 +104,58 @@ def test_filters_come_from_files(ask, saved, run, tmp_path):
     assert len(pl.read_csv(tmp_path / "out.csv")) == len(run.items)
 
 
+def test_a_deny_list_that_names_others_is_noticed_and_may_begin_with_a_byte_order_mark(
+    ask, saved, run, tmp_path
+):
+    best = run.recommend(["001"], k=1)["item_id"][0]
+    (tmp_path / "deny.txt").write_bytes(f"\ufeff{best}\nitme 3\n".encode())
+    out = tmp_path / "out.parquet"
+    code, _, err = ask("recommend", saved, "--user", "001", "--deny", tmp_path / "deny.txt", "--output", out)
+    assert code == 0
+    assert "1 of 2 items are not in the run" in err
+    assert best not in pl.read_parquet(out)["item_id"]
+
+
+def test_columns_of_later_files_can_be_named(ask, saved, run, tmp_path):
+    new = pl.DataFrame({"who": ["n", "n"], "what": ["item 2", "item 4"], "user": ["x", "y"]})
+    new.write_csv(tmp_path / "new.csv")
+    flags = ("--user-column", "who", "--item-column", "what")
+    out = tmp_path / "out.parquet"
+    assert ask("recommend", saved, "--new", tmp_path / "new.csv", *flags, "--output", out)[0] == 0
+    assert pl.read_parquet(out)["user_id"].unique().to_list() == ["n"]
+    known = new.with_columns(who=pl.lit("001"))
+    known.write_csv(tmp_path / "test.csv")
+    code, text, _ = ask("evaluate", saved, "--test", tmp_path / "test.csv", *flags)
+    assert code == 0
+    assert "1 users, 2 pairs" in text
+
+
+def test_a_link_is_followed_where_it_points(ask, saved, tmp_path):
+    (tmp_path / "real.csv").write_text("old")
+    (tmp_path / "link.csv").symlink_to(tmp_path / "real.csv")
+    assert ask("recommend", saved, "--output", tmp_path / "link.csv")[0] == 0
+    assert (tmp_path / "link.csv").is_symlink()
+    assert (tmp_path / "real.csv").read_text().startswith("user_id,item_id")
+
+
+def test_ids_are_whole_however_narrow_the_terminal(ask, saved, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "20")
+    _, out, _ = ask("recommend", saved, "--user", "030", "--k", 1)
+    assert "…" not in out
+    assert "│ 03 │" in out  # and the rest below it
+    assert "│ 0  │" in out
+
+
+@pytest.mark.parametrize(("out", "code"), [("/dev/full", 2), ("| head -1", 0)])
+def test_an_output_that_ends_early(saved, out, code, tmp_path):
+    command = f"{sys.executable} -m fasttower recommend {saved} --k 30 {'> ' if out[0] == '/' else ''}{out}"
+    script = f"set -o pipefail; {command}"
+    found = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
+    assert found.returncode == code
+    assert "Traceback" not in found.stderr
+    assert found.stderr.count("\n") <= 1
+
+
 def test_new_users_come_from_a_file_of_interactions(ask, saved, run, tmp_path):
     new = pl.DataFrame({"user": ["n", "n"], "item": ["item 2", "item 4"]})
     new.write_csv(tmp_path / "new.csv")
@@ -124,7 +178,10 @@ def test_similar_shows_each_query_and_writes(ask, saved, run, tmp_path):
 def test_evaluate_prints_the_runs_own_report_on_its_test_part(ask, saved, run, ratings, tmp_path):
     ratings.sort("timestamp")[1600:].write_csv(tmp_path / "test.csv")
     code, out, err = ask("evaluate", saved, "--test", tmp_path / "test.csv", "--k", 5)
-    assert (code, err) == (0, "")
+    assert code == 0
+    seen = run.metrics["test_pairs_in_fit"]
+    assert err.startswith(f"warning: {seen} pairs were in the run's training data")
+    assert err.count("\n") == 1
     for name, value in run.metrics["test"].items():
         line = next(line for line in out.splitlines() if name in line)
         assert f"{value:.4f}" in line
@@ -161,6 +218,9 @@ def test_info_says_what_the_run_is(ask, saved, run, tmp_path):
         (("recommend", "RUN", "--output", "TMP/no/out.csv"), "no folder for it"),
         (("recommend", "RUN", "--memory-budget", "lots"), "expected a number and a unit"),
         (("recommend", "RUN", "--memory-budget", "5 parsecs"), "expected a number and a unit"),
+        (("recommend", "RUN", "--memory-budget", "0"), "--memory-budget is 0"),
+        (("recommend", "RUN", "--users", "TMP/numbers.parquet"), "user_id holds integers"),
+        (("recommend", "RUN", "--deny", "TMP/floats.parquet"), "item_id is Float64"),
         (("recommend", "RUN", "--users", "TMP/nothing.txt"), "nothing.txt cannot be read"),
         (("recommend", "RUN", "--users", "TMP/nothing.csv"), "nothing.csv cannot be read"),
         (("recommend", "RUN", "--users", "TMP/wide.csv"), "no column of user ids"),
@@ -182,6 +242,8 @@ def test_info_says_what_the_run_is(ask, saved, run, tmp_path):
 )
 def test_bad_input_is_one_line_and_exit_2(ask, saved, tmp_path, arguments, message):
     (tmp_path / "wide.csv").write_text("a,b\n1,2\n")
+    pl.DataFrame({"user_id": [1]}).write_parquet(tmp_path / "numbers.parquet")
+    pl.DataFrame({"item_id": [1.5]}).write_parquet(tmp_path / "floats.parquet")
     replaced = [word.replace("RUN", str(saved)).replace("TMP", str(tmp_path)) for word in arguments]
     code, out, err = ask(*replaced)
     assert code == 2
@@ -205,7 +267,14 @@ def test_words_are_numbers_where_the_runs_ids_are(ask, ratings, tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("500MB", 500 * 10**6), ("4 gb", 4 * 10**9), ("64MiB", 2**26), ("1.5KB", 1500), ("77", 77)],
+    [
+        ("500MB", 500 * 10**6),
+        ("4 gb", 4 * 10**9),
+        ("64MiB", 2**26),
+        ("1.5KB", 1500),
+        ("77", 77),
+        ("2G", 2 * 10**9),
+    ],
 )
 def test_sizes_are_read_as_people_write_them(text, expected):
     from fasttower.commands.inputs import bytes_from_text

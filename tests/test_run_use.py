@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import pandas as pd
 import polars as pl
 import pytest
 import torch
@@ -50,17 +51,36 @@ def test_some_users_get_their_rows_in_the_order_asked_for_each_once(run):
 
 
 @pytest.mark.parametrize(
-    "users", ["007", ("007",), np.array(["007"]), pl.Series(["007"], dtype=pl.Categorical)], ids=repr
+    "users",
+    [
+        "007",
+        ("007",),
+        {"007"},
+        np.array(["007"]),
+        np.array(["007"], dtype=object),
+        np.str_("007"),
+        pl.Series(["007"], dtype=pl.Categorical),
+        pl.DataFrame({"other": ["001"], "user_id": ["007"]}),
+        pd.Series(["007"]),
+        pd.DataFrame({"user_id": ["007"]}),
+    ],
+    ids=lambda users: type(users).__name__,
 )
 def test_ids_come_in_many_shapes(run, users):
     assert set(run.recommend(users, k=2)["user_id"]) == {"007"}
 
 
 def test_integers_of_any_width_are_ids(numbered):
-    for users in (7, [7], np.array([7], dtype=np.int16), pl.Series([7], dtype=pl.UInt8)):
-        frame = numbered.recommend(users, k=2)
+    for users in (7, [7], np.int64(7), np.array([7], dtype=np.int16), pl.Series([7], dtype=pl.UInt8)):
+        frame = numbered.recommend(users, k=np.int64(2))
         assert frame["user_id"].to_list() == [7, 7]
         assert frame.schema["user_id"] == pl.Int64
+
+
+def test_nobody_is_asked_for(run, numbered):
+    for nobody in ([], np.array([]), set(), pl.Series([], dtype=pl.String)):
+        assert run.recommend(nobody).is_empty()
+        assert numbered.recommend(nobody).is_empty()
 
 
 def test_k_beyond_what_is_left_gives_fewer_rows(run):
@@ -113,19 +133,32 @@ def test_unknown_users_are_named_or_skipped(run):
 @pytest.mark.parametrize(
     ("ask", "message"),
     [
-        (lambda run: run.recommend([1]), "are String in the run, those given are Int64"),
-        (lambda run: run.similar_items([1.5]), "those given are Float64"),
+        (lambda run: run.recommend([1]), "given are Int64, those of the run are String"),
+        (lambda run: run.similar_items([1.5]), "item ids given are Float64"),
         (lambda run: run.recommend([None]), "not in the run: None"),
-        (lambda run: run.recommend([["001"]]), "those given are List"),
+        (lambda run: run.recommend([["001"]]), "user ids given are List"),
         (lambda run: run.recommend(["001", 1]), "user ids cannot be read"),
         (lambda run: run.recommend(["001"], unknown="ignore"), "expected 'raise' or 'skip'"),
         (lambda run: run.recommend(["001"], k=0), "k is 0"),
-        (lambda run: run.recommend(3.5), "expected a list"),
-        (lambda run: run.score(pl.DataFrame({"user": [1], "item": ["item 1"]})), "user_id holds integers"),
-        (lambda run: run.recommend_new(pl.DataFrame({"user": ["x"], "item": [1]})), "item_id holds integers"),
+        (lambda run: run.recommend(["001"], k=2.5), "k is 2.5; expected a whole number"),
+        (lambda run: run.similar_items(["item 1"], k="3"), "k is '3'"),
+        (lambda run: run.similar_users(["001"], k=True), "k is True"),
+        (lambda run: run.evaluate(pl.DataFrame({"user": ["001"], "item": ["item 1"]}), k=None), "k is None"),
+        (lambda run: run.evaluate(pl.DataFrame({"user": ["001"], "item": ["item 1"]}), 10), "metrics are 10"),
+        (lambda run: run.recommend(["001"], memory_budget_bytes="1GB"), "memory_budget_bytes is '1GB'"),
+        (lambda run: run.recommend(b"001"), "they are bytes"),
+        (lambda run: run.export(None, "numpy"), "the path is None"),
+        (lambda run: fasttower.load_run("x", device="cuda:0"), "the device is 'cuda:0'"),
+        (lambda run: run.update(pl.DataFrame({"user": ["a"], "item": ["b"]}), epochs=1.5), "epochs is 1.5"),
+        (lambda run: run.recommend(3.5), "given are Float64"),
+        (lambda run: run.score(pl.DataFrame({"user": [1], "item": ["item 1"]})), "user ids given are Int64"),
+        (
+            lambda run: run.recommend_new(pl.DataFrame({"user": ["x"], "item": [1]})),
+            "item ids given are Int64",
+        ),
         (
             lambda run: run.evaluate(pl.DataFrame({"user": ["x"], "item": ["item 1"]})),
-            "none of the 1 test rows",
+            "none of these is of a user",
         ),
         (
             lambda run: run.evaluate(pl.DataFrame({"user": ["001"], "item": ["y"]}), ["AUC"]),
@@ -223,6 +256,46 @@ def test_evaluation_leaves_out_rows_that_are_rated_too_low(ratings):
     assert rated.evaluate(test).pairs < rated.evaluate(test.drop("rating")).pairs
 
 
+def test_evaluation_at_a_k_beyond_the_catalogue_is_that_of_all_of_it(run, ratings):
+    test = ratings.sort("timestamp")[1600:]
+    found = run.evaluate(test, k=10**9).metrics
+    assert list(found) == [
+        f"{name}@{10**9}" for name in ("NDCG", "HitRate", "Recall", "MAP", "MRR", "Coverage")
+    ]
+    whole = run.evaluate(test, k=len(run.items)).metrics
+    assert list(found.values()) == pytest.approx(list(whole.values()))
+    assert run.evaluate(test, k=np.int64(3)).metrics.keys() == {f"{name}@3" for name in whole_names(found)}
+
+
+def whole_names(metrics):
+    return [name.split("@")[0] for name in metrics]
+
+
+def test_evaluation_says_what_was_seen_and_what_was_rated_too_low(ratings):
+    run = fasttower.fit(ratings, Config(**{**vars(CONFIG), "min_rating": 3.0, "epochs": 1}))
+    seen = ratings.sort("timestamp")[:100]
+    found = run.evaluate(seen)
+    assert found.low_rated_rows == (seen["rating"] < 3).sum()
+    assert found.pairs_in_fit == found.pairs
+    assert found.metrics["HitRate@10"] == 0
+    assert run.evaluate(seen, filter_seen=False).metrics["HitRate@10"] > 0
+
+
+def test_columns_that_are_not_needed_are_not_looked_at(run):
+    pairs = pl.DataFrame(
+        {"user": ["001"], "item": ["item 1"], "rating": [None], "timestamp": ["not a time"]},
+        schema_overrides={"rating": pl.Float64},
+    )
+    assert len(run.score(pairs)) == 1
+    assert len(run.recommend_new(pairs, k=2)) == 2
+
+
+def test_rows_may_come_as_a_stream_that_is_read_once(run):
+    pairs = pl.DataFrame({"user": ["001", "002"], "item": ["item 1", "item 2"]})
+    stream = pairs.to_arrow().to_reader()
+    assert run.score(stream).equals(run.score(pairs))
+
+
 def test_vectors_and_bias_make_the_score(run):
     users, items = run.user_vectors(), run.item_vectors()
     assert users.schema == {"user_id": pl.String, "vector": pl.Array(pl.Float32, 4)}
@@ -271,6 +344,40 @@ def test_items_that_a_newcomer_touched_and_nobody_knows(run):
     frame = run.recommend_new(new, k=3, unknown="skip")
     biased = run.items["item_id"].gather(run.model.item_bias.detach().argsort(descending=True)[:3].numpy())
     assert frame.filter(pl.col("user_id") == "b")["item_id"].to_list() == biased.to_list()
+
+
+def test_what_a_newcomer_rated_low_is_seen_and_says_nothing_else(ratings):
+    run = fasttower.fit(ratings, Config(**{**vars(CONFIG), "min_rating": 3.0, "epochs": 2}))
+    liked = pl.DataFrame({"user": ["n"] * 2, "item": ["item 2", "item 4"], "rating": [5.0, 4.0]})
+    first = run.recommend_new(liked, k=3)["item_id"]
+    disliked = pl.DataFrame({"user": ["n", "m"], "item": [first[0], first[0]], "rating": [1.0, 1.0]})
+    both = run.recommend_new(pl.concat([liked, disliked]), k=2)
+    assert both.filter(pl.col("user_id") == "n")["item_id"].to_list() == first[1:].to_list()
+    biased = run.items["item_id"].gather(run.model.item_bias.detach().argsort(descending=True).numpy())
+    assert both.filter(pl.col("user_id") == "m")["item_id"][0] == next(i for i in biased if i != first[0])
+    with pytest.raises(FastTowerError, match="no row is rated at least 3"):
+        run.update(disliked)
+
+
+def test_without_a_bias_nothing_is_said_to_who_has_touched_nothing_known(numbered):
+    new = pl.DataFrame({"user": [1, 2], "item": [2, 99_999]})
+    assert numbered.recommend_new(new, k=2, unknown="skip")["user_id"].to_list() == [1, 1]
+
+
+def test_an_update_widens_ids_that_the_type_of_the_run_cannot_hold(ratings):
+    narrow = ratings.with_columns(pl.col("user").cast(pl.Int16))
+    run = fasttower.fit(narrow, Config(**{**vars(CONFIG), "epochs": 1}))
+    assert run.users.schema["user_id"] == pl.Int16
+    with pytest.raises(FastTowerError, match="in the run: 40000"):
+        run.recommend([40_000])
+    updated = run.update(pl.DataFrame({"user": [40_000], "item": ["item 2"]}), epochs=1)
+    assert updated.users.schema["user_id"] == pl.Int64
+    assert updated.users["user_id"].to_list() == [*range(40), 40_000]
+    assert len(updated.recommend([40_000], k=3)) == 3
+    with pytest.raises(FastTowerError, match="no type of 64 bits holds together"):
+        fasttower.fit(
+            narrow.with_columns(pl.col("user") - 1), Config(**{**vars(CONFIG), "epochs": 1})
+        ).update(pl.DataFrame({"user": [2**63], "item": ["item 2"]}, schema_overrides={"user": pl.UInt64}))
 
 
 def test_an_update_takes_in_new_rows_new_users_and_new_items(run, ratings):

@@ -125,7 +125,7 @@ def test_an_unknown_flag_is_one_plain_line_whatever_the_terminal(encoding):
 def test_a_place_where_nothing_can_be_written_is_found_before_the_training(csv, capsys):
     assert command("--data", csv, "--run-dir", csv / "run", *QUICK) == 2
     printed = capsys.readouterr()
-    assert "--run-dir" in printed.err
+    assert "give another directory" in printed.err
     assert "choose" not in printed.out
 
 

@@ -10,7 +10,8 @@ import polars as pl
 import tyro
 
 from fasttower.cli import parse
-from fasttower.commands.output import check_output, say, show_frame, write_frames
+from fasttower.commands.inputs import with_columns
+from fasttower.commands.output import check_output, say, show_frame, warn, write_frames
 from fasttower.config import Device
 from fasttower.evaluation.later_test import METRICS
 from fasttower.run import load_run
@@ -29,6 +30,12 @@ class Flags:
     """The run directory."""
     test: Path
     """A file of interactions; rows rated below the run's --min-rating or --test-min-rating are none."""
+    user_column: str | None = None
+    """Column of user ids in the file; that of the run's data or a usual name if not given."""
+    item_column: str | None = None
+    """Column of item ids in the file."""
+    rating_column: str | None = None
+    """Column of ratings in the file."""
     k: int = 10
     """The cutoff."""
     metrics: tuple[str, ...] = METRICS
@@ -45,9 +52,9 @@ def run(arguments: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
     flags = parse(Flags, arguments, prog="fasttower evaluate", description=DESCRIPTION)
     check_output(flags.output)
-    found = load_run(flags.run, flags.device).evaluate(
-        flags.test, flags.metrics, flags.k, filter_seen=flags.filter_seen
-    )
+    trained = load_run(flags.run, flags.device)
+    trained = with_columns(trained, flags.user_column, flags.item_column, flags.rating_column)
+    found = trained.evaluate(flags.test, flags.metrics, flags.k, filter_seen=flags.filter_seen)
     table = pl.DataFrame(
         {
             "metric": list(found.metrics),
@@ -55,11 +62,17 @@ def run(arguments: Sequence[str]) -> int:
             "popularity": list(found.popularity.values()),
         }
     )
+    if found.cold_rows:
+        warn(f"{found.cold_rows:,} rows of users or items that the run does not know were dropped")
+    if found.low_rated_rows:
+        warn(f"{found.low_rated_rows:,} rows that are rated too low to be relevant were dropped")
+    if found.pairs_in_fit and flags.filter_seen:
+        warn(
+            f"{found.pairs_in_fit:,} pairs were in the run's training data; left out as seen, each is a miss"
+        )
     if flags.output is not None:
         write_frames(iter([table]), flags.output)
         say(f"written to {flags.output}")
         return 0
     show_frame(table, f"{found.users:,} users, {found.pairs:,} pairs")
-    if found.cold_rows:
-        say(f"{found.cold_rows:,} rows of users or items that the run does not know were dropped")
     return 0

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 
 from fasttower.data.columns import find_id_column
-from fasttower.errors import FastTowerError
+from fasttower.errors import FastTowerError, whole_number
+from fasttower.run import Run
 
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_UNITS = {"": 1, "B": 1}
+_UNITS |= {unit: 10 ** (3 * n) for n, letter in enumerate("KMG", 1) for unit in (letter, f"{letter}B")}
+_UNITS |= {f"{letter}IB": 2 ** (10 * n) for n, letter in enumerate("KMG", 1)}
 
 
 def ids_from_words(words: Sequence[str], id_map: pl.DataFrame) -> pl.Series:
@@ -40,7 +45,7 @@ def ids_from_file(path: Path, id_map: pl.DataFrame) -> pl.Series:
             separator = "," if suffix == ".csv" else "\t"
             rows = pl.scan_csv(path, separator=separator, infer_schema=False, glob=False)
         else:
-            lines = [line.strip() for line in path.read_text().splitlines()]
+            lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
             rows = pl.LazyFrame({column: [line for line in lines if line]}, schema={column: pl.String})
         name = find_id_column(rows.collect_schema().names(), column, str(path))
         ids = rows.select(pl.col(name).alias(column)).collect().to_series().drop_nulls()
@@ -52,13 +57,23 @@ def ids_from_file(path: Path, id_map: pl.DataFrame) -> pl.Series:
 
 def _as_in_run(ids: pl.Series, id_map: pl.DataFrame, where: str) -> pl.Series:
     wanted = id_map.schema[ids.name]
-    if not wanted.is_integer() or ids.dtype.is_integer():
+    if ids.dtype in (pl.Categorical, pl.Enum):
+        ids = ids.cast(pl.String)
+    if not (ids.dtype.is_integer() or ids.dtype == pl.String):
+        raise FastTowerError(
+            f"{where}: {ids.name} is {ids.dtype}; expected {wanted}, as those of the run are."
+        )
+    if ids.dtype.is_integer() and wanted == pl.String:
+        raise FastTowerError(f"{where}: {ids.name} holds integers; those of the run are text, write them so.")
+    if ids.dtype.is_integer() or wanted == pl.String:
         return ids
-    numbers = ids.cast(pl.Int64, strict=False)
+    # In the run's type or, for ids that do not fit it and so are not in the run, in the widest.
+    numbers = ids.cast(pl.Int128, strict=False)
     odd = ids.filter(numbers.is_null())
     if len(odd):
         raise FastTowerError(f"{where}: {ids.name} {odd[0]!r} is no integer, as those of the run are.")
-    return numbers
+    narrow = numbers.cast(wanted, strict=False)
+    return numbers if narrow.null_count() else narrow
 
 
 def bytes_from_text(text: str | None) -> int | None:
@@ -75,4 +90,17 @@ def bytes_from_text(text: str | None) -> int | None:
         raise FastTowerError(
             f"--memory-budget is {text!r}; expected a number and a unit, such as 500MB or 4GB."
         )
-    return int(float(match[1]) * _UNITS[unit])
+    return whole_number("--memory-budget", int(float(match[1]) * _UNITS[unit]))
+
+
+def with_columns(
+    run: Run, user_column: str | None, item_column: str | None, rating_column: str | None
+) -> Run:
+    """The run, looking for these columns in later files where they are given."""
+    given: dict[str, Any] = {
+        "user_column": user_column,
+        "item_column": item_column,
+        "rating_column": rating_column,
+    }
+    named = {field: column for field, column in given.items() if column is not None}
+    return dataclasses.replace(run, config=dataclasses.replace(run.config, **named))

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import polars as pl
 from polars.io.plugins import register_io_source
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
+from fasttower.console import Console
 from fasttower.errors import FastTowerError
 
 SHOWN_ROWS = 50
@@ -50,6 +50,7 @@ def write_frames(frames: Iterator[pl.DataFrame], path: Path) -> int:
     Raises:
         FastTowerError: the file cannot be written.
     """
+    path = path.resolve()  # what a link points to is what is replaced
     first = next(frames)
     count = 0
 
@@ -61,7 +62,7 @@ def write_frames(frames: Iterator[pl.DataFrame], path: Path) -> int:
 
     rows = register_io_source(all_frames, schema=first.schema)
     try:
-        with tempfile.TemporaryDirectory(dir=path.resolve().parent, prefix=".fasttower-") as folder:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".fasttower-") as folder:
             part = Path(folder) / path.name
             _WRITERS[path.suffix.lower()](rows, part)
             part.replace(path)
@@ -75,18 +76,25 @@ def show_frame(frame: pl.DataFrame, title: str = "") -> None:
     """Print a frame as a table, its first rows where there are many."""
     table = Table(title=escape(title) or None, title_justify="left")
     for name, dtype in frame.schema.items():
-        table.add_column(escape(name), justify="right" if dtype.is_float() or name == "rank" else "left")
+        number = dtype.is_float() or name == "rank"
+        # An id that is cut short is another id.
+        table.add_column(escape(name), justify="right" if number else "left", overflow="fold")
     for row in frame.head(SHOWN_ROWS).iter_rows():
         table.add_row(*(_text(value) for value in row))
-    console = Console(highlight=False, emoji=False)
+    console = Console()
     console.print(table)
     if len(frame) > SHOWN_ROWS:
         console.print(f"and {len(frame) - SHOWN_ROWS:,} rows more; --output FILE writes all")
 
 
+def warn(line: str) -> None:
+    """Print a line that must not be missed, on stderr."""
+    Console(stderr=True, wide=True).print(f"[bold yellow]warning:[/] {escape(line)}")
+
+
 def say(line: str) -> None:
     """Print a line."""
-    Console(highlight=False, emoji=False, soft_wrap=True).print(escape(line))
+    Console(wide=True).print(escape(line))
 
 
 def _text(value: object) -> str:

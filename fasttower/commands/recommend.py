@@ -10,12 +10,12 @@ import polars as pl
 import tyro
 
 from fasttower.cli import parse
-from fasttower.commands.inputs import bytes_from_text, ids_from_file, ids_from_words
-from fasttower.commands.output import check_output, counted, say, show_frame, write_frames
+from fasttower.commands.inputs import bytes_from_text, ids_from_file, ids_from_words, with_columns
+from fasttower.commands.output import check_output, counted, say, show_frame, warn, write_frames
 from fasttower.config import Device
 from fasttower.errors import FastTowerError
-from fasttower.retrieval.ids import Unknown
-from fasttower.run import load_run
+from fasttower.retrieval.ids import Unknown, with_index
+from fasttower.run import Run, load_run
 
 DESCRIPTION = (
     "Recommend to users of a run, or to new users from what they touched.\n\n"
@@ -36,6 +36,12 @@ class Flags:
     """A file of user ids: .txt with one a line, csv, tsv or parquet. Without it and --user, all."""
     new: Path | None = None
     """A file of interactions of users who were not there at training, to recommend to instead."""
+    user_column: str | None = None
+    """Column of user ids in --new; that of the run's data or a usual name if not given."""
+    item_column: str | None = None
+    """Column of item ids in --new."""
+    rating_column: str | None = None
+    """Column of ratings in --new."""
     k: int = 10
     """Recommendations a user; fewer where fewer are left."""
     filter_seen: bool = True
@@ -62,14 +68,14 @@ def run(arguments: Sequence[str]) -> int:
     if flags.new is not None and (flags.user or flags.users):
         raise FastTowerError("--new is given with --user or --users; give one of them.")
     trained = load_run(flags.run, flags.device)
-    deny, allow = (
-        None if file is None else ids_from_file(file, trained.items) for file in (flags.deny, flags.allow)
-    )
+    trained = with_columns(trained, flags.user_column, flags.item_column, flags.rating_column)
+    deny, allow = (_items(file, trained) for file in (flags.deny, flags.allow))
     users: pl.Series | None = None
     if flags.user or flags.users:
         named = [ids_from_words(flags.user, trained.users)] if flags.user else []
         listed = [ids_from_file(flags.users, trained.users)] if flags.users else []
-        users = pl.concat([ids.cast(trained.users.schema["user_id"]) for ids in named + listed])
+        frames_of_ids = [ids.to_frame() for ids in named + listed]
+        users = pl.concat(frames_of_ids, how="vertical_relaxed").to_series()
     elif flags.output is None and flags.new is None:
         users = trained.users["user_id"].head(_SHOWN_USERS)
 
@@ -106,3 +112,14 @@ def run(arguments: Sequence[str]) -> int:
     rows = write_frames(counted(frames, count), flags.output)
     say(f"{rows:,} recommendations written to {flags.output}")
     return 0
+
+
+def _items(file: Path | None, trained: Run) -> pl.Series | None:
+    """The ids of a --deny or --allow file, with a word on those that are none of the run's."""
+    if file is None:
+        return None
+    ids = ids_from_file(file, trained.items)
+    unknown = with_index(ids.unique().to_frame(), trained.items)["item_index"].null_count()
+    if unknown:
+        warn(f"{file}: {unknown:,} of {ids.n_unique():,} items are not in the run")
+    return ids

@@ -54,6 +54,8 @@ def run(arguments: Sequence[str]) -> int:
         users = ids_from_words(flags.user, trained.users)
         frame = trained.similar_users(users, flags.k, unknown=flags.unknown)
     if flags.output is None:
+        if frame.is_empty():
+            say("the run knows none of these")
         for (query, *_), rows in frame.group_by(frame.columns[0], maintain_order=True):
             show_frame(rows.drop(frame.columns[0]), _heading(query, trained.items if flags.item else None))
     else:

@@ -44,13 +44,16 @@ def columns_asked_for(config: DataConfig) -> dict[str, str | None]:
     }
 
 
-def find_columns(found: Sequence[str], asked: Mapping[str, str | None], name: str) -> dict[str, str]:
+def find_columns(
+    found: Sequence[str], asked: Mapping[str, str | None], name: str, *, insist: bool = True
+) -> dict[str, str]:
     """Map each of `user_id`, `item_id`, `rating`, `timestamp` that the table has to its own column.
 
     Args:
         found: the table's columns.
         asked: what the caller says about each; None leaves it to the known names.
         name: the table, for errors.
+        insist: whether a column that was asked for must be there, or the known names will do.
 
     Raises:
         FastTowerError: no column of users or items, or a column that was asked for is not there.
@@ -61,11 +64,12 @@ def find_columns(found: Sequence[str], asked: Mapping[str, str | None], name: st
     for role, aliases in _ALIASES.items():
         flag = f"--{role.removesuffix('_id')}-column"
         wanted = asked.get(role)
+        column = None
         if wanted is not None:
             column = wanted if wanted in found else bare.get(wanted)
-            if column is None:
+            if column is None and insist:
                 raise FastTowerError(f"{name}: no column {wanted!r} ({flag}); its columns are {listing}")
-        else:
+        if column is None:
             column = _first_known(bare, aliases)
             if column is None and role in _REQUIRED:
                 kind = role.removesuffix("_id")

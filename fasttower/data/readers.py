@@ -12,7 +12,7 @@ types, and finds the first bad row.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import numpy as np
 import polars as pl
 
 from fasttower.data import timestamps
-from fasttower.data.columns import find_columns
+from fasttower.data.columns import POSITIONAL, find_columns
 from fasttower.data.sources import Table, check_fields, open_table
 from fasttower.errors import FastTowerError
 
@@ -46,12 +46,20 @@ class Interactions:
     name: str
 
 
-def read_interactions(source: Any, asked: Mapping[str, str | None] | None = None) -> Interactions:  # noqa: ANN401
+def read_interactions(
+    source: Any,  # noqa: ANN401
+    asked: Mapping[str, str | None] | None = None,
+    *,
+    roles: Sequence[str] = POSITIONAL,
+    insist: bool = True,
+) -> Interactions:
     """Read a path (file, folder, zip, glob) or a Polars, pandas or Arrow frame.
 
     Args:
         source: a path, or a frame.
         asked: the source's own columns for `user_id`, `item_id`, `rating`, `timestamp`; None finds them.
+        roles: which of these to read; others are not looked at.
+        insist: whether a column that was asked for must be there, or its usual names will do.
 
     Raises:
         FastTowerError: nothing there, not what the name says, columns not found, or a value that is missing
@@ -59,7 +67,10 @@ def read_interactions(source: Any, asked: Mapping[str, str | None] | None = None
     """
     with open_table(source) as table:
         try:
-            frame = _read(table, asked or {})
+            columns = find_columns(
+                table.scan({}).collect_schema().names(), asked or {}, table.name, insist=insist
+            )
+            frame = _read(table, {role: column for role, column in columns.items() if role in roles})
         except pl.exceptions.ComputeError as error:
             if "more fields" in str(error):
                 check_fields(table)
@@ -68,15 +79,13 @@ def read_interactions(source: Any, asked: Mapping[str, str | None] | None = None
     return Interactions(frame, unit, table.name)
 
 
-def _read(table: Table, asked: Mapping[str, str | None]) -> pl.DataFrame:
-    rows = table.scan({})
-    columns = find_columns(rows.collect_schema().names(), asked, table.name)
-    rows = _select(rows, columns)
+def _read(table: Table, columns: Mapping[str, str]) -> pl.DataFrame:
+    rows = _select(table.scan({}), columns)
     sample = rows.head(_SAMPLE_ROWS).collect()
     if sample.is_empty():
         raise FastTowerError(f"{table.name}: no rows; expected one for each interaction")
     frame = _read_quickly(table, columns, sample) if table.is_text else None
-    return _read_carefully(table, rows, sample, asked) if frame is None else frame
+    return _read_carefully(table, rows, sample, columns) if frame is None else frame
 
 
 def _select(rows: pl.LazyFrame, columns: Mapping[str, str]) -> pl.LazyFrame:
@@ -112,7 +121,7 @@ def _read_quickly(table: Table, columns: Mapping[str, str], sample: pl.DataFrame
 
 
 def _read_carefully(
-    table: Table, rows: pl.LazyFrame, sample: pl.DataFrame, asked: Mapping[str, str | None]
+    table: Table, rows: pl.LazyFrame, sample: pl.DataFrame, columns: Mapping[str, str]
 ) -> pl.DataFrame:
     """Any source, with null for what cannot be read; raises at the first such row."""
     parsed = {role: _expression(role, sample[role], table) for role in sample.columns}
@@ -129,7 +138,7 @@ def _read_carefully(
         if problem is not None:
             if len(table.files) > 1:  # the one that has the row complains for itself
                 for file in table.files:
-                    read_interactions(file, asked)
+                    read_interactions(file, columns, roles=tuple(columns))
             bad = _bad_rows(parsed[role], frame[role])
             found = rows.select(pl.col(role), bad.alias("bad")).with_row_index("row")
             row, value, _ = found.filter("bad").head(1).collect().row(0)

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fasttower.data.later_rows import read_later_rows, with_index
-from fasttower.errors import FastTowerError
+from fasttower.data.later_rows import positives, read_later_rows
+from fasttower.errors import FastTowerError, whole_number
 from fasttower.evaluation.popularity import most_popular
 from fasttower.evaluation.replay_report import replay_metrics
-from fasttower.retrieval import recommendation_frame
+from fasttower.retrieval import recommendation_frame, with_index
 
 if TYPE_CHECKING:
     from fasttower.run import Run
@@ -29,14 +29,19 @@ class Evaluation:
         popularity: of the items by their number of users in the training data, under the same rules.
         users: test users that the metrics are means over.
         pairs: unique pairs of known users and items that they were measured on.
+        pairs_in_fit: pairs among these that the run was fitted to: where seen items are left out, each is a
+            miss.
         cold_rows: rows dropped because the run does not know their user or their item.
+        low_rated_rows: rows dropped because they are rated too low to be relevant.
     """
 
     metrics: dict[str, float]
     popularity: dict[str, float]
     users: int
     pairs: int
+    pairs_in_fit: int
     cold_rows: int
+    low_rated_rows: int
 
 
 def evaluate_run(
@@ -48,34 +53,47 @@ def evaluate_run(
     filter_seen: bool,
 ) -> Evaluation:
     """See `Run.evaluate`."""
-    chosen = METRICS if metrics is None else [metrics] if isinstance(metrics, str) else list(metrics)
-    if not chosen or not set(chosen) <= set(METRICS):
-        raise FastTowerError(f"metrics are {chosen}; expected some of {', '.join(METRICS)}.")
+    chosen = [metrics] if isinstance(metrics, str) else METRICS if metrics is None else metrics
+    if not isinstance(chosen, Sequence) or not chosen or not all(name in METRICS for name in chosen):
+        raise FastTowerError(f"metrics are {metrics!r}; expected some of {', '.join(METRICS)}.")
+    k = whole_number("k", k)
     least = [value for value in (run.config.min_rating, run.config.test_min_rating) if value is not None]
-    rows = read_later_rows(test, run.config, max(least, default=None))
-    rows = with_index(with_index(rows, run.users), run.items)
-    known = rows.drop_nulls()
+    everything = read_later_rows(test, run.config, rated=bool(least))
+    rows = positives(everything, max(least, default=None))
+    known = with_index(with_index(rows, run.users), run.items).drop_nulls()
     if known.is_empty():
         raise FastTowerError(
-            f"none of the {len(rows):,} test rows is of a user and an item that the run knows;"
-            " there is nothing to evaluate."
+            f"of the {len(everything):,} test rows {len(rows):,} are rated high enough, none of these is"
+            " of a user and an item that the run knows; there is nothing to evaluate."
         )
-    truth = known.select("user_id", "item_id").unique()
-    users = known.select("user_id", "user_index").unique(maintain_order=True)
-    index = torch.tensor(users["user_index"].to_numpy(), device=run.known_positives.items.device)
+    pairs = known.unique(["user_index", "item_index"], maintain_order=True)
+    users = pairs.select("user_id", "user_index").unique(maintain_order=True)
+    device = run.known_positives.items.device
+    cutoff = min(k, len(run.items))  # beyond the catalogue there is nothing to be found
+    recommended = run.recommend(users["user_id"], cutoff, filter_seen=filter_seen)
     popular = recommendation_frame(
         users["user_id"],
-        most_popular(run.known_positives, index, k=min(k, len(run.items)), filter_seen=filter_seen),
+        most_popular(
+            run.known_positives,
+            torch.tensor(users["user_index"].to_numpy(), device=device),
+            k=cutoff,
+            filter_seen=filter_seen,
+        ),
         run.items,
     )
-    recommended = run.recommend(users["user_id"], k, filter_seen=filter_seen)
-    of_model = replay_metrics(recommended, truth, run.items, k)
-    of_popularity = replay_metrics(popular, truth, run.items, k, by="rating")
-    names = [f"{name}@{k}" for name in chosen]
+    truth = pairs.select("user_id", "item_id")
+    of_model = replay_metrics(recommended, truth, run.items, cutoff)
+    of_popularity = replay_metrics(popular, truth, run.items, cutoff, by="rating")
+    user_index, item_index = (
+        torch.tensor(pairs[name].to_numpy(), dtype=torch.int64, device=device)
+        for name in ("user_index", "item_index")
+    )
     return Evaluation(
-        metrics={name: of_model[name] for name in names},
-        popularity={name: of_popularity[name] for name in names},
+        metrics={f"{name}@{k}": of_model[f"{name}@{cutoff}"] for name in chosen},
+        popularity={f"{name}@{k}": of_popularity[f"{name}@{cutoff}"] for name in chosen},
         users=len(users),
-        pairs=len(truth),
+        pairs=len(pairs),
+        pairs_in_fit=int(run.known_positives.contains(user_index, item_index).sum()),
         cold_rows=len(rows) - len(known),
+        low_rated_rows=len(everything) - len(rows),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import numpy as np
 import polars as pl
 
 from fasttower.errors import FastTowerError
@@ -17,7 +18,8 @@ def find_ids(ids: Any, id_map: pl.DataFrame, unknown: Unknown = "raise") -> pl.D
     """The rows of a map for some ids, in the order given, each once.
 
     Args:
-        ids: one id, or a list, array or series of them, of the map's type.
+        ids: one id, or a list, set, array or series of them, or a frame with a column of the map's name; text
+            where the map has text, integers of any width where it has integers.
         id_map: ``user_id, user_index`` or ``item_id, item_index``, and whatever else; a row an id.
         unknown: what to do about ids that the map does not have: "raise", or "skip" them.
 
@@ -27,45 +29,92 @@ def find_ids(ids: Any, id_map: pl.DataFrame, unknown: Unknown = "raise") -> pl.D
     Raises:
         FastTowerError: ids of another type, or unknown ones, some of which are named.
     """
-    column = id_map.columns[0]
+    column, index = id_map.columns[:2]
+    wanted = _as_series(ids, id_map[column]).unique(maintain_order=True)
+    found = with_index(wanted.to_frame(), id_map)
+    check_known(found, id_map, unknown)
+    return id_map[found[index].drop_nulls().to_numpy()]
+
+
+def with_index(rows: pl.DataFrame, id_map: pl.DataFrame) -> pl.DataFrame:
+    """The rows in their order, with the map's index of their ids; null where it does not have one.
+
+    Args:
+        rows: has the map's column of ids.
+        id_map: an id, its index, and whatever else.
+
+    Raises:
+        FastTowerError: integers where the map has text, or the other way round.
+    """
+    column, index = id_map.columns[:2]
+    wanted, found = id_map.schema[column], rows.schema[column]
+    if wanted.is_integer() != found.is_integer():
+        raise FastTowerError(
+            f"the {_plural(column)} given are {found}, those of the run are {wanted};"
+            " convert them to that type."
+        )
+    # What does not fit the map's type is not in the map.
+    key = pl.col(column) if wanted == found else pl.col(column).cast(wanted, strict=False)
+    return (
+        rows.with_columns(key.alias("key"))
+        .join(id_map.select(pl.col(column).alias("key"), index), on="key", how="left", maintain_order="left")
+        .drop("key")
+    )
+
+
+def check_known(rows: pl.DataFrame, id_map: pl.DataFrame, unknown: Unknown) -> None:
+    """Check that the map has every id, unless unknown ones are to be skipped.
+
+    Args:
+        rows: as `with_index` returns them.
+        id_map: the same.
+        unknown: "raise" or "skip".
+
+    Raises:
+        FastTowerError: it has not.
+    """
     if unknown not in ("raise", "skip"):
         raise FastTowerError(f"unknown is {unknown!r}; expected 'raise' or 'skip'.")
-    wanted = _as_series(ids, id_map[column]).unique(maintain_order=True)
-    found = wanted.to_frame().join(id_map, on=column, how="left", maintain_order="left")
-    known = pl.col(id_map.columns[1]).is_not_null()
-    if unknown == "raise":
-        missing = found.filter(~known)[column]
-        if len(missing):
-            some = ", ".join(repr(value) for value in missing.head(_NAMED_IN_ERRORS))
-            more = ", ..." if len(missing) > _NAMED_IN_ERRORS else ""
-            raise FastTowerError(
-                f"{len(missing):,} of {len(wanted):,} {_plural(column)} are not in the run: {some}{more};"
-                " it knows those of its training data alone. Leave them out, or skip them"
-                " (unknown='skip', --unknown skip)."
-            )
-    return found.filter(known)
+    column, index = id_map.columns[:2]
+    missing = rows.filter(pl.col(index).is_null())[column].unique(maintain_order=True)
+    if unknown == "raise" and len(missing):
+        some = ", ".join(repr(value) for value in missing.head(_NAMED_IN_ERRORS))
+        more = ", ..." if len(missing) > _NAMED_IN_ERRORS else ""
+        raise FastTowerError(
+            f"{len(missing):,} of {rows[column].n_unique():,} {_plural(column)} are not in the run:"
+            f" {some}{more}; it knows those of its training data alone. Leave them out, or skip them"
+            " (unknown='skip', --unknown skip)."
+        )
 
 
 def _as_series(ids: Any, like: pl.Series) -> pl.Series:  # noqa: ANN401
-    """Ids as a series of the type of the map's."""
-    if isinstance(ids, str | int):
+    """Ids of whatever shape as a series: text or integers, as the map has it."""
+    if isinstance(ids, np.ndarray | np.generic):
+        ids = ids.tolist()
+    elif hasattr(ids, "columns") and like.name in ids.columns:
+        ids = ids[like.name]
+    if isinstance(ids, str | int | float):
         ids = [ids]
+    elif isinstance(ids, set | frozenset):
+        ids = list(ids)
     try:
+        if isinstance(ids, bytes):
+            raise TypeError("they are bytes")  # noqa: TRY301 - the same message as other types get
         series = pl.Series(like.name, ids)
-        if series.dtype == pl.Null:  # there are none, or none has a value
-            series = series.cast(like.dtype)
-        if series.dtype in (pl.Categorical, pl.Enum):
-            series = series.cast(pl.String)
-        if series.dtype != like.dtype and series.dtype.is_integer() and like.dtype.is_integer():
-            series = series.cast(like.dtype, strict=False)  # what does not fit is unknown
-    except (TypeError, ValueError, pl.exceptions.PolarsError) as error:
+    except (TypeError, ValueError, OverflowError, pl.exceptions.PolarsError) as error:
         reason = str(error).split("\n", maxsplit=1)[0]
         raise FastTowerError(
             f"{_plural(like.name)} cannot be read ({reason}); expected a list of {like.dtype}."
         ) from error
-    if series.dtype != like.dtype:
+    if series.is_empty():
+        return like.clear()
+    if series.dtype == pl.Null:
+        return series.cast(like.dtype)
+    if series.dtype in (pl.Categorical, pl.Enum):
+        return series.cast(pl.String)
+    if series.dtype != like.dtype and not (series.dtype.is_integer() and like.dtype.is_integer()):
         raise FastTowerError(
-            f"{_plural(like.name)} are {like.dtype} in the run, those given are {series.dtype};"
+            f"the {_plural(like.name)} given are {series.dtype}, those of the run are {like.dtype};"
             " convert them to that type."
         )
     return series

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from fasttower.errors import whole_number
 from fasttower.retrieval.recommendations import ranked_frame
 from fasttower_kernels.known_positives import KnownPositives
 from fasttower_kernels.topk import top_k
@@ -34,7 +35,7 @@ def nearest(vectors: Tensor, queries: pl.DataFrame, id_map: pl.DataFrame, *, k: 
     topk = top_k(
         unit[index],
         unit,
-        k=min(k, len(vectors)),
+        k=min(whole_number("k", k), len(vectors)),
         seen=KnownPositives.from_pairs(rows, index, len(index), len(vectors)),
         seen_users=rows,
     )

@@ -8,7 +8,7 @@ import numpy as np
 import polars as pl
 from torch import Tensor
 
-from fasttower.errors import FastTowerError
+from fasttower.errors import FastTowerError, whole_number
 from fasttower.model import TwoTower
 from fasttower_kernels.known_positives import KnownPositives
 from fasttower_kernels.topk import TopK, top_k
@@ -49,8 +49,10 @@ def recommend(
     Raises:
         FastTowerError: k below 1, or a budget that cannot be kept.
     """
-    k = min(k, max(1, len(items)))
-    block = max(1, _BLOCK_SLOTS // max(1, k))
+    k = min(whole_number("k", k), max(1, len(items)))
+    if memory_budget_bytes is not None:
+        memory_budget_bytes = whole_number("memory_budget_bytes", memory_budget_bytes)
+    block = max(1, _BLOCK_SLOTS // k)
     for begin in range(0, max(1, len(user_vectors)), block):
         rows = slice(begin, begin + block)
         topk = top_k(

@@ -1,0 +1,27 @@
+"""The terminal."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import rich.console
+
+
+class Console(rich.console.Console):
+    """A console whose reader may go away: what is still to be said is said to nobody.
+
+    Args:
+        stderr: write there instead of to stdout.
+        quiet: write nothing.
+        wide: leave lines as long as they are.
+    """
+
+    def __init__(self, *, stderr: bool = False, quiet: bool = False, wide: bool = False) -> None:
+        super().__init__(stderr=stderr, quiet=quiet, soft_wrap=wide, highlight=False, emoji=False)
+
+    def on_broken_pipe(self) -> None:
+        """Send what is still to be shown nowhere."""
+        self.quiet = True
+        stream = sys.stderr if self.stderr else sys.stdout
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

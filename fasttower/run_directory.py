@@ -1,0 +1,217 @@
+"""A run's directory: its files, written all or none, and read with a look at whether they belong together."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import polars as pl
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fasttower.config import Config
+from fasttower.errors import FastTowerError
+from fasttower.model import TwoTower
+from fasttower.training.trainer import EpochRecord
+from fasttower_kernels.known_positives import KnownPositives
+
+if TYPE_CHECKING:
+    from fasttower.run import Run
+
+
+def run_path(path: Any) -> Path:  # noqa: ANN401 - what it is, is looked at here
+    """The path of a run directory, ``~`` expanded.
+
+    Raises:
+        FastTowerError: it is no path.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise FastTowerError(f"the path is {path!r}; expected that of a directory.")
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise FastTowerError(f"{path} is no path that can be read: {error}.") from error
+
+
+def write_run(run: Run, run_dir: Path) -> None:
+    """Write a run's files into its directory, which is there and empty.
+
+    Raises:
+        FastTowerError: a file cannot be written.
+    """
+    with all_or_nothing(run_dir) as path:
+        _write_json(path / "config.json", run.config.to_json(device=run.device, backend=run.backend))
+        _write_tensors(path / "model.safetensors", run.model.saved_tensors())
+        run.users.write_parquet(path / "users.parquet")
+        run.items.write_parquet(path / "items.parquet")
+        lines = (json.dumps(dataclasses.asdict(record)) + "\n" for record in run.history)
+        (path / "history.jsonl").write_text("".join(lines))
+        run.recommendations.write_parquet(path / "recommendations.parquet")
+        known = run.known_positives.to("cpu")
+        tensors = {"indptr": known.indptr, "items": known.items}
+        _write_tensors(path / "known_positives.safetensors", tensors)
+        _write_json(path / "metrics.json", run.metrics)
+
+
+def read_run(path: Path) -> dict[str, Any]:
+    """The fields of a `Run`, on the CPU, from its directory.
+
+    Raises:
+        FastTowerError: a file is missing, is not what it should be, or is another run's.
+    """
+    try:
+        config, metrics = _read_object(path / "config.json"), _read_object(path / "metrics.json")
+        lines = (path / "history.jsonl").read_text().splitlines()
+        users, items = (pl.read_parquet(path / f"{name}.parquet") for name in ("users", "items"))
+        known = load_file(path / "known_positives.safetensors")
+        fields = {
+            "model": TwoTower.from_saved(load_file(path / "model.safetensors")),
+            "users": users,
+            "items": items,
+            "config": Config.from_json(config),
+            "device": config["device"],
+            "backend": config["backend"],
+            "history": [EpochRecord(**json.loads(line)) for line in lines],
+            "recommendations": pl.read_parquet(path / "recommendations.parquet"),
+            "metrics": metrics,
+            "known_positives": KnownPositives(known["indptr"], known["items"], items.height),
+        }
+        _check(**fields)
+    except FileNotFoundError as error:
+        # Libraries say more than the name where they say the name at all.
+        missing = [file for file in _FILES if not (path / file).exists()]
+        found = f"{', '.join(missing)} not there" if missing else str(error)
+        raise FastTowerError(f"{path} is not a run directory: {found}.") from error
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError, pl.exceptions.PolarsError) as error:
+        raise FastTowerError(f"{path} holds a damaged run: {error}.") from error
+    return fields
+
+
+_FILES = (
+    "config.json",
+    "metrics.json",
+    "history.jsonl",
+    "users.parquet",
+    "items.parquet",
+    "model.safetensors",
+    "known_positives.safetensors",
+    "recommendations.parquet",
+)
+
+
+def _check(
+    model: TwoTower,
+    users: pl.DataFrame,
+    items: pl.DataFrame,
+    config: Config,
+    metrics: dict[str, Any],
+    known_positives: KnownPositives,
+    **_: object,
+) -> None:
+    """Raise ValueError where the parts are not of one run: in what follows rows are found by position."""
+    for kind, id_map, tower in (("user", users, model.user_tower), ("item", items, model.item_tower)):
+        if id_map.columns[:2] != [f"{kind}_id", f"{kind}_index"]:
+            raise ValueError(f"{kind}s.parquet has the columns {', '.join(id_map.columns)}")
+        if not np.array_equal(id_map[f"{kind}_index"].to_numpy(), np.arange(tower.num_rows)):
+            raise ValueError(
+                f"{kind}s.parquet has {id_map.height} rows that are not in the order of {kind}_index, or not"
+                f" those of the model, which has {tower.num_rows}"
+            )
+        ids = id_map[f"{kind}_id"]
+        is_id = ids.dtype.is_integer() or ids.dtype == pl.String
+        if ids.null_count() or ids.n_unique() < len(ids) or not is_id:
+            raise ValueError(f"{kind}s.parquet has ids that are missing, there twice, or of type {ids.dtype}")
+    if (model.embedding_dim, model.item_bias is not None) != (config.embedding_dim, config.item_bias):
+        raise ValueError("config.json is of another model than model.safetensors")
+    if config.batch_size is None or config.init_scale is None:
+        raise ValueError("config.json leaves the batch size or the initial scale open")
+    if not isinstance(metrics.get("l2"), int | float) or "best_epoch" not in metrics:
+        raise ValueError("metrics.json does not say with which L2 the run was trained, for how many epochs")
+    if not _is_rows(known_positives.indptr, known_positives.items, users.height, items.height):
+        raise ValueError("known_positives.safetensors does not hold rows of these users and items")
+
+
+def _is_rows(indptr: Tensor, items: Tensor, num_users: int, num_items: int) -> bool:
+    """Whether these are the compressed rows of a `KnownPositives`."""
+    if indptr.dtype != torch.int64 or items.dtype != torch.int32 or items.ndim != 1:
+        return False
+    if indptr.shape != (num_users + 1,) or int(indptr[0]) != 0 or int(indptr[-1]) != len(items):
+        return False
+    degrees = indptr[1:] - indptr[:-1]
+    if (degrees < 0).any() or (len(items) and not 0 <= int(items.min()) <= int(items.max()) < num_items):
+        return False
+    rows = torch.repeat_interleave(degrees)
+    keys = rows * num_items + items
+    return bool((keys[1:] > keys[:-1]).all())
+
+
+@contextlib.contextmanager
+def reserved(path: Path) -> Iterator[None]:
+    """Make a run's directory before there is a run, and take it away again if the block fails.
+
+    Raises:
+        FastTowerError: there is a file, a directory that is not empty, or none can be made or written in.
+    """
+    try:
+        if path.is_dir() and any(path.iterdir()):
+            raise FastTowerError(f"the directory {path} is not empty; give another directory.")
+        made = not path.exists()
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise FastTowerError(
+            f"the directory {path} cannot be written: {error}; give another directory."
+        ) from error
+    try:
+        yield
+    except BaseException:
+        if made:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        raise
+
+
+@contextlib.contextmanager
+def all_or_nothing(run_dir: Path) -> Iterator[Path]:
+    """A folder to write files to; they come into the directory together, or not at all.
+
+    The folder is inside the directory: what is beside it may be another disk, or not ours to write to.
+
+    Raises:
+        FastTowerError: a file cannot be written.
+    """
+    try:
+        with tempfile.TemporaryDirectory(dir=run_dir, prefix=".unfinished-") as folder:
+            yield Path(folder)
+            for file in Path(folder).iterdir():
+                file.rename(run_dir / file.name)
+    except (OSError, SafetensorError, pl.exceptions.PolarsError) as error:
+        raise FastTowerError(f"{run_dir} cannot be written: {error}.") from error
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    values = json.loads(path.read_text())
+    if not isinstance(values, dict):
+        raise ValueError(f"{path.name} holds a {type(values).__name__}, not an object")  # noqa: TRY004
+    return values
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n")
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    save_file(tensors, path)
+    # safetensors lets the owner alone read what it writes; whoever may read the rest may read this.
+    shutil.copymode(path.parent / "config.json", path)

@@ -1,0 +1,107 @@
+"""A run's directory: what does not belong together is found when it is read."""
+
+import json
+import os
+import stat
+
+import polars as pl
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import fasttower
+from fasttower import FastTowerError
+
+
+def change_tensors(name, change):
+    def apply(folder):
+        tensors = load_file(folder / name)
+        change(tensors)
+        save_file(tensors, folder / name)
+
+    return apply
+
+
+def change_frame(name, change):
+    return lambda folder: change(pl.read_parquet(folder / name)).write_parquet(folder / name)
+
+
+def change_json(name, **values):
+    def apply(folder):
+        content = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(content | values))
+
+    return apply
+
+
+def put(name, key, value):
+    return change_tensors(name, lambda tensors: tensors.update({key: value(tensors[key])}))
+
+
+MODEL, KNOWN = "model.safetensors", "known_positives.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            change_frame("users.parquet", lambda frame: frame.sample(fraction=1, shuffle=True, seed=1)),
+            "users.parquet",
+        ),
+        (change_frame("users.parquet", lambda frame: frame[:-1]), "users.parquet has 39 rows"),
+        (change_frame("items.parquet", lambda frame: frame.reverse()), "items.parquet"),
+        (
+            change_frame("items.parquet", lambda frame: frame.rename({"item_id": "id"})),
+            "the columns id, item_index",
+        ),
+        (
+            change_frame("items.parquet", lambda frame: frame.with_columns(item_id=pl.lit("same"))),
+            "there twice",
+        ),
+        (change_frame("users.parquet", lambda frame: frame.with_columns(user_id=pl.lit(None))), "missing"),
+        (put(MODEL, "user_embedding", lambda table: table[:-1].clone()), "users.parquet has 40 rows"),
+        (put(MODEL, "item_embedding", lambda table: table[0].clone()), "the weights are"),
+        (put(MODEL, "item_bias", lambda bias: bias[:-1].clone()), "the weights are"),
+        (change_tensors(MODEL, lambda tensors: tensors.pop("item_bias")), "of another model"),
+        (change_json("config.json", embedding_dim=5), "of another model"),
+        (change_json("config.json", init_scale=None), "initial scale open"),
+        (change_json("metrics.json", l2=None), "with which L2"),
+        (put(KNOWN, "items", lambda items: items + 1), "known_positives.safetensors"),
+        (put(KNOWN, "items", lambda items: items - 1), "known_positives.safetensors"),
+        (put(KNOWN, "items", lambda items: items.float()), "known_positives.safetensors"),
+        (put(KNOWN, "items", lambda items: items.flip(0).clone()), "known_positives.safetensors"),
+        (put(KNOWN, "indptr", lambda indptr: indptr[:-1].clone()), "known_positives.safetensors"),
+        (put(KNOWN, "indptr", lambda indptr: indptr.flip(0).clone()), "known_positives.safetensors"),
+    ],
+)
+def test_files_that_do_not_belong_together(run, tmp_path, damage, message):
+    run.save(tmp_path / "run")
+    damage(tmp_path / "run")
+    with pytest.raises(FastTowerError, match=message) as error:
+        fasttower.load_run(tmp_path / "run")
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_missing_is_named(run, tmp_path):
+    run.save(tmp_path / "run")
+    (tmp_path / "run" / KNOWN).unlink()
+    with pytest.raises(FastTowerError, match=f"is not a run directory: {KNOWN} not there"):
+        fasttower.load_run(tmp_path / "run")
+
+
+def test_who_may_read_one_file_may_read_all(run, tmp_path):
+    before = os.umask(0o022)
+    try:
+        run.save(tmp_path / "run")
+    finally:
+        os.umask(before)
+    modes = {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "run").iterdir()}
+    assert modes == {0o644}
+
+
+def test_a_home_directory_is_understood(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run.save("~/run")
+    assert (tmp_path / "run" / "config.json").exists()
+    assert fasttower.load_run("~/run").recommend(k=5).equals(run.recommendations)
+    assert isinstance(fasttower.load_run("~/run").model.item_bias, torch.nn.Parameter)
