@@ -229,3 +229,26 @@ def test_the_trainer_passes_it_on():
     assert not all(equal)  # the last bits tell that the other optimiser ran
     for one, other in zip(*models, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@needs_numba
+def test_the_marks_of_a_step_are_taken_off():
+    """With marks that stay, every step would update all rows that were ever touched: right, and slow."""
+    import numba
+    import numpy as np
+
+    from fasttower_kernels.train_steps.lazy_numba_cpu import update_touched_piece
+
+    @numba.njit
+    def update(p, g, m, v, last, touched, scales):
+        first, threads, now = numba.uint64(0), numba.uint64(1), numba.uint64(0)
+        update_touched_piece(p, g, m, v, last, touched, first, threads, now, scales, 4, True)
+
+    def arrays(*shape):
+        return tuple(np.ones((*shape, n), dtype=np.float32) for n in (12, 20, 5))  # 3 users, 5 items
+
+    last = tuple(np.zeros(n, dtype=np.uint32) for n in (3, 5, 5))
+    touched = np.array([0, 1, 0, 0, 0, 0, 0, 0], np.uint8), np.array([1, 0, 0, 0, 1, 0, 0, 0], np.uint8)
+    update(arrays(), arrays(1), arrays(), arrays(), last, touched, np.ones((1, 2), dtype=np.float32))
+    assert [seen.tolist() for seen in last] == [[0, 1, 0], [1, 0, 0, 0, 1], [1, 0, 0, 0, 1]]
+    assert not any(marks.any() for marks in touched)

@@ -162,6 +162,19 @@ def test_hashed_bits_that_collide(monkeypatch):
     assert drawn.equal(sample_negatives(users, 10, 5000, **arguments))
 
 
+def test_hashed_bits_do_not_look_into_the_next_row(monkeypatch):
+    # The items that users 0, 2, .. have not touched come after theirs, and are the first of the next user's.
+    monkeypatch.setattr(membership, "BITMAP_LIMIT_BYTES", 0)
+    rows = [(2 * i, item) for i in range(20) for item in range(1000)]
+    rows += [(2 * i + 1, 1000 + i) for i in range(20)]
+    index = torch.tensor(rows)
+    known = KnownPositives.from_pairs(index[:, 0], index[:, 1], 40, 1020)
+    arguments = {"key": KEY, "step": 2, "known_positives": known}
+    users = torch.arange(0, 40, 2).repeat(20)
+    drawn = negatives.sample_negatives(users, 10, 1020, **arguments)
+    assert drawn.equal(sample_negatives(users, 10, 1020, **arguments))
+
+
 def test_a_large_catalogue_is_drawn_whole():
     size = 2**31 - 1
     drawn = negatives.sample_negatives(torch.zeros(50, dtype=torch.int64), 10, size, key=KEY, step=0)
