@@ -165,7 +165,7 @@ def select(threads: int) -> None:
     cuts = {}
     for fraction in VALID_FRACTIONS:
         config = dataclasses.replace(PROTOCOL, valid_fraction=fraction)
-        data = to_training_data(prepare(config.data, config), torch.device("cpu"))
+        data = to_training_data(prepare(config.data, config))
         cuts[fraction] = data, validation_of(data)
     result: dict[str, Any] = {"epochs": EPOCHS, "threads": threads, "versions": all_versions(), "models": {}}
     for name, grid in GRID.items():
@@ -242,7 +242,7 @@ def repeat_implicit(
 
 def measure(repeats: int, threads: int) -> None:
     prepared = prepare(PROTOCOL.data, PROTOCOL)
-    data = to_training_data(prepared, torch.device("cpu"))
+    data = to_training_data(prepared)
     models = json.loads(RESULTS.read_text())["models"]
     print(
         f"{len(data.train):,} training rows, {len(data.valid or ()):,} validation pairs, "
