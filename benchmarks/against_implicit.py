@@ -156,7 +156,8 @@ def test_metrics(model: TwoTower | Factors, data: TrainingData, prepared: Prepar
             seen=data.known_positives,
             seen_users=users,
         )
-    frame = recommendation_frame(users, topk, prepared.users, prepared.items)
+    user_ids = prepared.users["user_id"].gather(users.numpy())
+    frame = recommendation_frame(user_ids, topk, prepared.items)
     return replay_metrics(frame, prepared.original_ids(prepared.test), prepared.items, K)
 
 
