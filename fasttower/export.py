@@ -7,7 +7,6 @@ the model's score and an inner-product index gives the model's ranking.
 from __future__ import annotations
 
 import importlib
-import json
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Literal, get_args
@@ -16,7 +15,7 @@ import numpy as np
 import polars as pl
 
 from fasttower.errors import FastTowerError
-from fasttower.run_directory import all_or_nothing, reserved, run_path
+from fasttower.run_directory import all_or_nothing, reserved, run_path, write_json
 
 if TYPE_CHECKING:
     from fasttower.run import Run
@@ -54,7 +53,7 @@ def export_run(run: Run, to: str | Path, kind: Format) -> list[Path]:
             "users": len(users),
             "items": len(items),
         }
-        (folder / "about.json").write_text(json.dumps(about, indent=2) + "\n")
+        write_json(folder / "about.json", about)
     return sorted(to.iterdir())
 
 
@@ -66,8 +65,8 @@ def _library(kind: Format) -> ModuleType | None:
         return importlib.import_module(kind)
     except ImportError:
         raise FastTowerError(
-            f"the format {kind} needs the library {kind}, which is not installed; pip install"
-            " 'fasttower[export]' from the checkout, or choose numpy or parquet."
+            f"the format {kind} needs the library {kind}, which is not installed; in the checkout,"
+            " pip install -e '.[export]', or choose numpy or parquet."
         ) from None
 
 

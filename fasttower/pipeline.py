@@ -18,8 +18,7 @@ from fasttower.device import check_repeatable, choose_device, cpu_threads, memor
 from fasttower.errors import FastTowerError
 from fasttower.evaluation.popularity import most_popular
 from fasttower.evaluation.replay_report import replay_metrics
-from fasttower.model import TwoTower
-from fasttower.retrieval import recommend, recommendation_frame, rows_at
+from fasttower.retrieval import recommend_to_all, recommendation_frame, rows_at
 from fasttower.run import Run
 from fasttower.training.selection import TrainedModel, TrainingData, train_model
 from fasttower.training.trainer import Observer
@@ -115,7 +114,9 @@ def fit(
             interrupted = trained.interrupted
             if interrupted and first is not None:
                 break  # a model that was not trained to its end is no sample of a seed
-            recommendations = _recommend(trained.model, training_data.known_positives, prepared, config)
+            recommendations = recommend_to_all(
+                trained.model, training_data.known_positives, prepared.users, prepared.items, config
+            )
             clock.lap("recommend")
             reports.append(_report(recommendations, prepared, config.k))
             clock.lap("metrics")
@@ -213,24 +214,6 @@ def _check_memory(data: TrainingData, config: Config, device: torch.device, back
         ),
         device,
     )
-
-
-@torch.no_grad()
-def _recommend(
-    model: TwoTower, known: KnownPositives, prepared: PreparedData, config: Config
-) -> pl.DataFrame:
-    """The top-K of every user of fit, in original ids."""
-    users = torch.arange(known.num_users, device=known.items.device)
-    frames = recommend(
-        model.infer_users(),
-        prepared.users["user_id"],
-        model,
-        prepared.items.select("item_id", "item_index"),
-        k=config.k,
-        seen=known if config.filter_seen else None,
-        seen_users=users,
-    )
-    return pl.concat(frames)
 
 
 def _popularity(known: KnownPositives, prepared: PreparedData, config: Config) -> dict[str, float]:

@@ -20,7 +20,7 @@ from fasttower.evaluation.later_test import Evaluation, evaluate_run
 from fasttower.export import Format, export_run
 from fasttower.model import TwoTower
 from fasttower.retrieval import find_ids, nearest, recommend, with_index
-from fasttower.retrieval.ids import Unknown
+from fasttower.retrieval.ids import Unknown, check_known
 from fasttower.run_directory import read_run, reserved, run_path, write_run
 from fasttower.training.fold_in import fold_in
 from fasttower.training.trainer import EpochRecord, Observer
@@ -371,10 +371,9 @@ class Run:
 
 def _known(rows: pl.DataFrame, id_map: pl.DataFrame, unknown: Unknown) -> pl.DataFrame:
     """The rows whose ids a map has, with its index."""
-    column, index = id_map.columns[:2]
     rows = with_index(rows, id_map)
-    find_ids(rows.filter(pl.col(index).is_null())[column], id_map, unknown)  # raises where there are any
-    return rows.drop_nulls(index)
+    check_known(rows, id_map, unknown)
+    return rows.drop_nulls(id_map.columns[1])
 
 
 def _vectors(ids: pl.Series, vectors: Tensor) -> pl.DataFrame:

@@ -50,7 +50,7 @@ def write_run(run: Run, run_dir: Path) -> None:
         FastTowerError: a file cannot be written.
     """
     with all_or_nothing(run_dir) as path:
-        _write_json(path / "config.json", run.config.to_json(device=run.device, backend=run.backend))
+        write_json(path / "config.json", run.config.to_json(device=run.device, backend=run.backend))
         _write_tensors(path / "model.safetensors", run.model.saved_tensors())
         run.users.write_parquet(path / "users.parquet")
         run.items.write_parquet(path / "items.parquet")
@@ -60,7 +60,7 @@ def write_run(run: Run, run_dir: Path) -> None:
         known = run.known_positives.to("cpu")
         tensors = {"indptr": known.indptr, "items": known.items}
         _write_tensors(path / "known_positives.safetensors", tensors)
-        _write_json(path / "metrics.json", run.metrics)
+        write_json(path / "metrics.json", run.metrics)
 
 
 def read_run(path: Path) -> dict[str, Any]:
@@ -207,7 +207,8 @@ def _read_object(path: Path) -> dict[str, Any]:
     return values
 
 
-def _write_json(path: Path, values: dict[str, Any]) -> None:
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write an object as people read it."""
     path.write_text(json.dumps(values, indent=2) + "\n")
 
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from fasttower.data.later_rows import positives, read_later_rows
-from fasttower.device import cpu_cores, cpu_threads
+from fasttower.device import cpu_cores, cpu_threads, memory_of
 from fasttower.errors import FastTowerError, whole_number
-from fasttower.retrieval import recommend, with_index
+from fasttower.retrieval import recommend_to_all, with_index
 from fasttower.training.extension import extended_model
 from fasttower.training.trainer import Observer, train
 from fasttower_kernels.known_positives import KnownPositives
@@ -52,18 +52,9 @@ def update_run(run: Run, interactions: Any, *, epochs: int, observer: Observer) 
     known = KnownPositives.from_pairs(pairs.user_index, pairs.item_index, users.height, items.height)
     model = extended_model(run.model, old_users, old_items, pairs, users.height, items.height, config, l2)
     # The run may have been trained on a machine with more cores.
-    with cpu_threads(config.threads and min(config.threads, cpu_cores())):
+    with memory_of(device), cpu_threads(config.threads and min(config.threads, cpu_cores())):
         history = train(model, pairs, known, config, l2=l2, epochs=epochs, phase="update", observer=observer)
-    everybody = torch.arange(users.height, device=device)
-    frames = recommend(
-        model.infer_users(),
-        users["user_id"],
-        model,
-        items.select("item_id", "item_index"),
-        k=config.k,
-        seen=known if config.filter_seen else None,
-        seen_users=everybody,
-    )
+        recommendations = recommend_to_all(model, known, users, items, config)
     metrics = {
         "l2": l2,
         "best_epoch": run.metrics["best_epoch"],
@@ -83,7 +74,7 @@ def update_run(run: Run, interactions: Any, *, epochs: int, observer: Observer) 
         users=users,
         items=items,
         history=[*run.history, *history],
-        recommendations=pl.concat(frames),
+        recommendations=recommendations,
         metrics=metrics,
         known_positives=known,
     )

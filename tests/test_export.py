@@ -70,7 +70,7 @@ def test_parquet_has_the_vectors_beside_the_ids(wide, tmp_path):
 
 
 def test_a_faiss_index_has_the_models_own_ranking(wide, tmp_path):
-    faiss = pytest.importorskip("faiss", reason="faiss-cpu is not installed: pip install 'fasttower[export]'")
+    faiss = pytest.importorskip("faiss", reason="faiss-cpu is not installed: pip install -e '.[export]'")
     wide.export(tmp_path / "out", "faiss")
     index = faiss.read_index(str(tmp_path / "out" / "items.faiss"))
     scores, found = index.search(np.load(tmp_path / "out" / "user_vectors.npy"), K)
@@ -89,7 +89,7 @@ def all_scores(run):
 def test_an_hnswlib_graph_finds_nearly_all_of_it(wide, tmp_path):
     hnswlib = pytest.importorskip(
         "hnswlib",
-        reason="hnswlib is not installed: pip install 'fasttower[export]', which needs a C++ compiler",
+        reason="hnswlib is not installed: pip install -e '.[export]', which needs a C++ compiler",
     )
     wide.export(tmp_path / "out", "hnswlib")
     index = hnswlib.Index(space="ip", dim=7)

@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import polars as pl
 import tyro
 
 from fasttower.cli import parse
 from fasttower.commands.inputs import with_columns
-from fasttower.commands.output import check_output, say, show_frame, warn, write_frames
+from fasttower.commands.output import check_output, metrics_frame, say, show_frame, warn, write_frames
 from fasttower.config import Device
 from fasttower.evaluation.later_test import METRICS
 from fasttower.run import load_run
@@ -55,13 +54,7 @@ def run(arguments: Sequence[str]) -> int:
     trained = load_run(flags.run, flags.device)
     trained = with_columns(trained, flags.user_column, flags.item_column, flags.rating_column)
     found = trained.evaluate(flags.test, flags.metrics, flags.k, filter_seen=flags.filter_seen)
-    table = pl.DataFrame(
-        {
-            "metric": list(found.metrics),
-            "model": list(found.metrics.values()),
-            "popularity": list(found.popularity.values()),
-        }
-    )
+    table = metrics_frame(found.metrics, found.popularity)
     if found.cold_rows:
         warn(f"{found.cold_rows:,} rows of users or items that the run does not know were dropped")
     if found.low_rated_rows:

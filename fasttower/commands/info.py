@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import polars as pl
 import tyro
 
 from fasttower.cli import parse
-from fasttower.commands.output import say, show_frame
+from fasttower.commands.output import metrics_frame, say, show_frame
 from fasttower.run import load_run
 
 DESCRIPTION = "What a run is, and how good.\n\nExample: fasttower info runs/mine"
@@ -42,10 +41,8 @@ def run(arguments: Sequence[str]) -> int:
         f"backend {trained.backend}"
     )
     if "test" in metrics:
-        names = list(metrics["test"])
-        table = {"metric": names, "model": [metrics["test"][name] for name in names]}
-        table["popularity"] = [metrics["popularity"][name] for name in names]
-        show_frame(pl.DataFrame(table), f"test part: {metrics['test_users']:,} users")
+        table = metrics_frame(metrics["test"], metrics["popularity"])
+        show_frame(table, f"test part: {metrics['test_users']:,} users")
     for number, update in enumerate(metrics.get("updates", ()), start=1):
         say(
             f"update {number}: {update['rows']:,} rows, {update['new_users']:,} new users, "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import polars as pl
@@ -70,6 +70,17 @@ def write_frames(frames: Iterator[pl.DataFrame], path: Path) -> int:
         reason = str(error).strip().split("\n", maxsplit=1)[0]
         raise FastTowerError(f"--output {path} cannot be written: {reason}.") from error
     return count
+
+
+def metrics_frame(model: Mapping[str, float], popularity: Mapping[str, float]) -> pl.DataFrame:
+    """A row a metric: the model's value beside popularity's."""
+    return pl.DataFrame(
+        {
+            "metric": list(model),
+            "model": list(model.values()),
+            "popularity": [popularity[name] for name in model],
+        }
+    )
 
 
 def show_frame(frame: pl.DataFrame, title: str = "") -> None:

@@ -6,8 +6,10 @@ from collections.abc import Iterator
 
 import numpy as np
 import polars as pl
+import torch
 from torch import Tensor
 
+from fasttower.config import Config
 from fasttower.errors import FastTowerError, whole_number
 from fasttower.model import TwoTower
 from fasttower_kernels.known_positives import KnownPositives
@@ -66,6 +68,33 @@ def recommend(
             memory_budget_bytes=memory_budget_bytes,
         )
         yield recommendation_frame(user_ids[rows], topk, items)
+
+
+def recommend_to_all(
+    model: TwoTower, known: KnownPositives, users: pl.DataFrame, items: pl.DataFrame, config: Config
+) -> pl.DataFrame:
+    """A run's own recommendations: to all of its users, by its configuration, without titles.
+
+    Args:
+        model: the trained model.
+        known: the pairs that it was fitted to, on its device.
+        users: user_id, user_index; row i holds index i.
+        items: item_id and item_index, likewise.
+        config: says how many, and whether seen items are left out.
+
+    Returns:
+        user_id, item_id, rating and rank, as `recommend` yields them.
+    """
+    frames = recommend(
+        model.infer_users(),
+        users["user_id"],
+        model,
+        items.select("item_id", "item_index"),
+        k=config.k,
+        seen=known if config.filter_seen else None,
+        seen_users=torch.arange(known.num_users, device=known.items.device),
+    )
+    return pl.concat(frames)
 
 
 def recommendation_frame(user_ids: pl.Series, topk: TopK, items: pl.DataFrame) -> pl.DataFrame:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fasttower_kernels.backends import Backend, choose_backend
+from fasttower_kernels.backends import Backend, implementation
 from fasttower_kernels.errors import FastTowerError
 from fasttower_kernels.known_positives import KnownPositives
 from fasttower_kernels.tables import Interactions
-from fasttower_kernels.train_steps import reference
 from fasttower_kernels.train_steps.state import Optimiser, StepSettings, TrainState, steps_per_epoch
 
 __all__ = ["Optimiser", "StepSettings", "TrainState", "run_steps", "steps_per_epoch"]
@@ -59,18 +58,11 @@ def run_steps(
             f"{num_steps} steps from step {first_step} leave its epoch of {per_epoch} steps; ask for fewer."
         )
     _check_sizes(state, interactions, known_positives)
-    name, _ = choose_backend(backend, state.parameters.users.device)
-    if name == "numba":
-        from fasttower_kernels.train_steps import numba_cpu  # noqa: PLC0415 - numba is optional
-
-        run = numba_cpu.run_steps
-    elif name == "triton":
-        from fasttower_kernels.train_steps import triton_gpu  # noqa: PLC0415 - Triton is optional
-
-        run = triton_gpu.run_steps
-    else:
-        run = reference.run_steps
-    return run(state, interactions, known_positives, settings, first_step=first_step, num_steps=num_steps)
+    run = implementation(__name__, backend, state.parameters.users.device).run_steps
+    bce: Tensor = run(
+        state, interactions, known_positives, settings, first_step=first_step, num_steps=num_steps
+    )
+    return bce
 
 
 def _check_sizes(
