@@ -72,6 +72,23 @@ MODEL, KNOWN = "model.safetensors", "known_positives.safetensors"
         (put(KNOWN, "items", lambda items: items.flip(0).clone()), "known_positives.safetensors"),
         (put(KNOWN, "indptr", lambda indptr: indptr[:-1].clone()), "known_positives.safetensors"),
         (put(KNOWN, "indptr", lambda indptr: indptr.flip(0).clone()), "known_positives.safetensors"),
+        (
+            put(KNOWN, "indptr", lambda indptr: torch.cat([indptr, indptr[-1:]])),
+            "known_positives.safetensors",
+        ),
+        (
+            put(
+                KNOWN, "indptr", lambda indptr: torch.cat([indptr[:1], indptr[2:3], indptr[1:2], indptr[3:]])
+            ),
+            "known_positives.safetensors",
+        ),
+        (
+            change_frame(
+                "users.parquet",
+                lambda frame: frame.with_columns(user_id=pl.col("user_id").replace("000", None)),
+            ),
+            "missing",
+        ),
     ],
 )
 def test_files_that_do_not_belong_together(run, tmp_path, damage, message):
