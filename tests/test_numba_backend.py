@@ -271,10 +271,22 @@ def test_a_diverged_run_shows_in_the_loss(value):
 # The steps
 
 
-def run(module, dim, threads=1, *, plain=False, num_negatives=4, batch_size=70, calls=(5,), epoch=1):
+def run(
+    module,
+    dim,
+    threads=1,
+    *,
+    plain=False,
+    num_negatives=4,
+    batch_size=70,
+    calls=(5,),
+    epoch=1,
+    optimiser="adam",
+):
     torch.set_num_threads(threads)
     state = TrainState.start(make_tables(dim, bias=not plain))
-    settings = StepSettings(LossSettings(num_negatives, 0.0 if plain else 0.2), 0.05, batch_size, seed=9)
+    loss = LossSettings(num_negatives, 0.0 if plain else 0.2)
+    settings = StepSettings(loss, 0.05, batch_size, seed=9, optimiser=optimiser)
     step = epoch * steps_per_epoch(NUM_ROWS, batch_size)
     bce = 0.0
     for count in calls:
@@ -313,11 +325,11 @@ def test_repeats_bit_for_bit_in_one_call_or_many(threads):
         assert all(one.equal(other) for one, other in zip(arrays, others, strict=True))
 
 
-def in_new_process(script):
-    path = {"PYTHONPATH": ":".join(path for path in sys.path if path)}
+def in_new_process(script, **environment):
+    environment["PYTHONPATH"] = ":".join(path for path in sys.path if path)
     command = [sys.executable, "-c", script]
     return subprocess.run(
-        command, capture_output=True, text=True, check=True, env=os.environ | path
+        command, capture_output=True, text=True, check=True, env=os.environ | environment
     ).stdout.split()
 
 
@@ -348,3 +360,19 @@ print(sum(stats.cache_hits.values()), sum(stats.cache_misses.values()))
 def test_compiled_code_is_found_again_by_another_process():
     run(train_steps, 3)
     assert in_new_process(CACHED) == ["1", "0"]
+
+
+HASHED = """
+import hashlib
+import torch
+torch.set_num_threads(1)
+from tests.test_numba_backend import run, train_steps
+_, arrays = run(train_steps, 16, batch_size=4, calls=(70,), optimiser="lazy_adam")
+print(hashlib.sha256(b"".join(array.numpy().tobytes() for array in arrays)).hexdigest())
+"""
+
+
+def test_the_process_that_compiles_gets_the_bits_that_later_ones_get(tmp_path):
+    compiled = in_new_process(HASHED, NUMBA_CACHE_DIR=str(tmp_path))
+    assert list(tmp_path.rglob("*.nbc"))
+    assert in_new_process(HASHED, NUMBA_CACHE_DIR=str(tmp_path)) == compiled

@@ -35,9 +35,15 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 _LOOPS = {"error_model": "numpy", "boundscheck": False}  # without them loops do not vectorise
 
-OPTIONS: dict[str, Any] = _LOOPS | {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+OPTIONS: dict[str, Any] = _LOOPS | {
+    "forceinline": True,
+    "no_cpython_wrapper": True,
+    "no_cfunc_wrapper": True,
+}
 """Of every compiled function that compiled code alone may call. What would let Python call it, and without
-which Python's call crashes, takes a third of the time that compiling takes."""
+which Python's call crashes, takes a third of the time that compiling takes. Where it is not inlined it has
+two machine codes, its own and one made with its caller, which may round differently: the process that
+compiles runs the first, and those that load the caller from the disk run the second."""
 
 FAST = {"contract", "nsz", "arcp"}
 """What arithmetic may do. NaN and infinity stay what they are: a run that has diverged must show."""

@@ -76,7 +76,7 @@ def known_arrays(known_positives: KnownPositives | None) -> tuple[Any, ...]:
     return membership.bits, uint64(membership.words), membership.indptr, membership.items
 
 
-@njit(forceinline=True, **OPTIONS)
+@njit(**OPTIONS)
 def _bit_index(item: int, exact: bool) -> int:
     return item if exact else uint32(item * uint32(2654435761)) >> uint32(_FILTER_SHIFT)
 
@@ -93,7 +93,7 @@ def _set_bits(sources: int = SOURCES) -> Callable[..., None]:
     return entry_point(run)
 
 
-@njit(forceinline=True, **OPTIONS)
+@njit(**OPTIONS)
 def touched(user: int, item: int, bits: Array, words: int, exact: bool, indptr: Array, items: Array) -> bool:
     """Whether a user (uint64) has touched an item (uint32)."""
     bit = _bit_index(item, exact)

@@ -134,7 +134,7 @@ def redraw_touched(
         items[slot] = untouched(uint64(users[start + w]), below(word, uint64(free[w])), indptr, rows)
 
 
-@njit(forceinline=True, **OPTIONS)
+@njit(**OPTIONS)
 def _word(k0: int, k1: int, position: int, k: int, step: int, attempt: int) -> int:
     """The word of negative k: lane k % 4 of its counter."""
     w0, w1, w2, w3 = philox4x32(k0, k1, position, k >> uint32(2), step, attempt)

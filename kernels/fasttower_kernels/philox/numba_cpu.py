@@ -7,7 +7,7 @@ _WEYL_0, _WEYL_1 = uint32(0x9E3779B9), uint32(0xBB67AE85)
 _HALF = uint64(32)
 
 
-@njit(forceinline=True, **OPTIONS)
+@njit(**OPTIONS)
 def philox4x32(k0: int, k1: int, c0: int, c1: int, c2: int, c3: int) -> tuple[int, int, int, int]:
     """Four random words for a key and a counter, all uint32. See the operator's `philox4x32`."""
     for _ in range(10):
@@ -24,7 +24,7 @@ def philox4x32(k0: int, k1: int, c0: int, c1: int, c2: int, c3: int) -> tuple[in
     return c0, c1, c2, c3
 
 
-@njit(forceinline=True, **OPTIONS)
+@njit(**OPTIONS)
 def below(word: int, size: int) -> int:
     """The word scaled to [0, size): ``word * size >> 32``, with size a uint64 below 2**32."""
     return uint32((uint64(word) * size) >> _HALF)

@@ -53,7 +53,7 @@ PREFETCHED_WORDS = 256
 _ROWS = 1 + CHUNK
 
 
-@njit(forceinline=True, fastmath={"contract", "nsz"}, **OPTIONS)
+@njit(fastmath={"contract", "nsz"}, **OPTIONS)
 def exp_negative(x: float) -> float:
     """e**x for float32 x <= 0, to 1 ulp or so; Cephes' expf. NaN stays NaN."""
     x = float32(-87.0) if x < float32(-87.0) else x
@@ -71,7 +71,7 @@ def exp_negative(x: float) -> float:
     return p * float_of_bits((bits_of_float(shifted) + int32(127)) << int32(23))
 
 
-@njit(forceinline=True, fastmath={"contract", "nsz"}, **OPTIONS)
+@njit(fastmath={"contract", "nsz"}, **OPTIONS)
 def log1p_positive(x: float) -> float:
     """log(1 + x) for float32 x in [0, 2**100], to 2 ulp or so; Cephes' logf. NaN stays NaN."""
     y = float32(1) + x

@@ -17,14 +17,14 @@ _HALF_ROUNDS = ROUNDS // 2
 _BLOCK = 256
 
 
-@njit(forceinline=True, **OPTIONS)
+@njit(**OPTIONS)
 def _mix(x: int, key: int) -> int:
     h = uint32((x ^ key) * uint32(0x85EBCA6B))
     h = uint32((h ^ (h >> uint32(15))) * uint32(0xC2B2AE35))
     return h ^ (h >> uint32(16))
 
 
-@njit(forceinline=True, **OPTIONS)
+@njit(**OPTIONS)
 def _one_pass(row: int, left_bits: int, right_bits: int, keys: tuple[int, ...]) -> int:
     """All rounds on one row number (uint64); the parts stay below 2**32, so n may pass 2**32."""
     left_mask = uint32((uint64(1) << left_bits) - uint64(1))
@@ -65,7 +65,7 @@ def shuffle_tile(
     _walk(rows, count, uint64(num_rows), left_bits, right_bits, keys, outside)
 
 
-@njit(forceinline=True)
+@njit(**OPTIONS)
 def _walk(
     rows: Array,
     count: int,

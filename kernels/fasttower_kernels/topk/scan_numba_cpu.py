@@ -87,7 +87,7 @@ def _lowest_bit(typingctx: Any, bits: Any) -> Any:
     return types.uint64(types.uint64), codegen
 
 
-@njit(forceinline=True, **OPTIONS)
+@njit(**OPTIONS)
 def _worse(score: float, item: int, other_score: float, other_item: int) -> bool:
     return score < other_score or (score == other_score and item > other_item)
 
@@ -120,7 +120,7 @@ def _position(index: Array, item: int) -> int:
     return low
 
 
-@njit(forceinline=True, **OPTIONS)
+@njit(**OPTIONS)
 def _leave_out(
     tile: Array,
     begin: int,
@@ -146,7 +146,7 @@ def _leave_out(
     return entry
 
 
-@njit(forceinline=True, **OPTIONS)
+@njit(**OPTIONS)
 def _load(tile: Array, at: int, bias: Array, column: int, has_bias: bool) -> Any:
     """Sixty-four scores, from multiples of as many."""
     x = load_row(tile, at // uint64(_LANES), _LANES)
