@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 import polars as pl
+import torch
 
 from fasttower.errors import FastTowerError
 from fasttower.run_directory import all_or_nothing, reserved, run_path, write_json
+from fasttower_kernels.topk import top_k
 
 if TYPE_CHECKING:
     from fasttower.run import Run
@@ -25,6 +27,8 @@ Format = Literal["faiss", "hnswlib", "numpy", "parquet"]
 # hnswlib's graph: links a node, and candidates while it is built. Inner products are no metric, for which a
 # graph wants more of both.
 _HNSW_LINKS, _HNSW_CANDIDATES = 48, 400
+# Of a search in it, for `set_ef`; and the users by whom its recall is measured.
+_HNSW_EF, _HNSW_JUDGES = 100, 1000
 
 
 def export_run(run: Run, to: str | Path, kind: Format) -> list[Path]:
@@ -35,6 +39,13 @@ def export_run(run: Run, to: str | Path, kind: Format) -> list[Path]:
     to = run_path(to)
     with reserved(to), all_or_nothing(to) as folder:
         users, items = _vectors_with_bias(run)
+        about = {
+            "format": kind,
+            "space": "inner product",
+            "dimensions": items.shape[1],
+            "users": len(users),
+            "items": len(items),
+        }
         if kind == "parquet":
             _write_parquet(run, folder, users, items)
         else:
@@ -43,16 +54,10 @@ def export_run(run: Run, to: str | Path, kind: Format) -> list[Path]:
             np.save(folder / "user_vectors.npy", users, allow_pickle=False)
         if kind == "numpy":
             np.save(folder / "item_vectors.npy", items, allow_pickle=False)
+        elif library is not None and kind == "faiss":
+            _write_faiss(library, folder, items)
         elif library is not None:
-            write = {"faiss": _write_faiss, "hnswlib": _write_hnswlib}[kind]
-            write(library, folder, items)
-        about = {
-            "format": kind,
-            "space": "inner product",
-            "dimensions": items.shape[1],
-            "users": len(users),
-            "items": len(items),
-        }
+            about |= _write_hnswlib(library, folder, users, items)
         write_json(folder / "about.json", about)
     return sorted(to.iterdir())
 
@@ -95,8 +100,18 @@ def _write_faiss(faiss: ModuleType, folder: Path, items: np.ndarray) -> None:
     faiss.write_index(index, str(folder / "items.faiss"))
 
 
-def _write_hnswlib(hnswlib: ModuleType, folder: Path, items: np.ndarray) -> None:
+def _write_hnswlib(
+    hnswlib: ModuleType, folder: Path, users: np.ndarray, items: np.ndarray
+) -> dict[str, int | float]:
+    """Returns how to search the graph, and the share of the true top-10 that this finds."""
     index = hnswlib.Index(space="ip", dim=items.shape[1])
     index.init_index(max_elements=len(items), M=_HNSW_LINKS, ef_construction=_HNSW_CANDIDATES, random_seed=0)
     index.add_items(items, np.arange(len(items)), num_threads=1)  # in one order, so that it repeats
     index.save_index(str(folder / "items.hnsw"))
+    k = min(10, len(items))
+    judges = users[np.linspace(0, len(users) - 1, min(_HNSW_JUDGES, len(users))).astype(np.int64)]
+    true = top_k(torch.from_numpy(judges), torch.from_numpy(items), k=k).items.numpy()
+    index.set_ef(_HNSW_EF)
+    found, _ = index.knn_query(judges, k, num_threads=1)
+    hits = (found[:, :, None] == true[:, None, :]).any(axis=2)
+    return {"ef": _HNSW_EF, f"recall@{k}": round(float(hits.mean()), 4)}

@@ -327,8 +327,9 @@ class Run:
 
         Args:
             to: a folder that is empty or not there.
-            format: "faiss" (``items.faiss``, a flat index), "hnswlib" (``items.hnsw``, a graph), "numpy"
-                (``item_vectors.npy``), each with ``user_vectors.npy``; or "parquet" (vectors beside the ids).
+            format: "faiss" (``items.faiss``, a flat index), "hnswlib" (``items.hnsw``, a graph; its recall
+                at a search's ef is in ``about.json``), "numpy" (``item_vectors.npy``), each with
+                ``user_vectors.npy``; or "parquet" (vectors beside the ids).
 
         Returns:
             The files written.

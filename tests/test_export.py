@@ -94,9 +94,12 @@ def test_an_hnswlib_graph_finds_nearly_all_of_it(wide, tmp_path):
     wide.export(tmp_path / "out", "hnswlib")
     index = hnswlib.Index(space="ip", dim=7)
     index.load_index(str(tmp_path / "out" / "items.hnsw"))
-    index.set_ef(100)
+    about = json.loads((tmp_path / "out" / "about.json").read_text())
+    index.set_ef(about["ef"])
     found, _ = index.knn_query(np.load(tmp_path / "out" / "user_vectors.npy"), K)
-    assert same(found, ranking(wide)) > 0.95
+    recall = same(found, ranking(wide))
+    assert recall > 0.95
+    assert about[f"recall@{K}"] == pytest.approx(recall, abs=0.01)  # up to ties, and to the users asked
 
 
 def test_a_model_without_a_bias_has_no_dimension_for_it(ratings, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,4 +37,8 @@ def run(arguments: Sequence[str]) -> int:
     flags = parse(Flags, arguments, prog="fasttower export", description=DESCRIPTION)
     for path in load_run(flags.run).export(flags.to, flags.format):
         say(f"{path}  {path.stat().st_size:,} bytes")
+    about = json.loads((flags.to / "about.json").read_text())
+    for name in about:
+        if name.startswith("recall"):
+            say(f"{name} {about[name]:.4f} of the exact ranking, with set_ef({about['ef']})")
     return 0
