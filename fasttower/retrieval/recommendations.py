@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
 
 import numpy as np
 import polars as pl
@@ -67,7 +66,7 @@ def recommend(
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
 
     def search(rows: slice) -> TopK:
-        with nullcontext() if stream is None else torch.cuda.stream(stream):
+        with torch.cuda.stream(stream):
             topk = top_k(
                 user_vectors[rows],
                 item_vectors,

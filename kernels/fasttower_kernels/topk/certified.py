@@ -38,8 +38,8 @@ from fasttower_kernels.topk.tiles import Catalogue
 _FEWEST_SPARE = 32
 """Items kept beyond the K best, and half of K where that is more; measured."""
 
-# Of a vector: a copy that is gathered or widened, its rounded form, the difference and its square.
-_BYTES_PER_FACTOR = 16
+# Of a vector's value: its rounded form, that widened, and the difference between the two.
+_BYTES_PER_FACTOR = 12
 
 _BFLOAT16_UNIT = 2.0**-8
 
