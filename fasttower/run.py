@@ -19,9 +19,10 @@ from fasttower.errors import FastTowerError
 from fasttower.evaluation.later_test import Evaluation, evaluate_run
 from fasttower.export import Format, export_run
 from fasttower.model import TwoTower
+from fasttower.new_directory import reserved
 from fasttower.retrieval import find_ids, nearest, recommend, with_index
 from fasttower.retrieval.ids import Unknown, check_known
-from fasttower.run_directory import read_run, reserved, run_path, write_run
+from fasttower.run_directory import read_run, run_path, write_run
 from fasttower.training.fold_in import fold_in
 from fasttower.training.trainer import EpochRecord, Observer
 from fasttower.update import update_run
