@@ -49,8 +49,12 @@ def cpu_cores() -> int:
 
 
 @contextlib.contextmanager
-def memory_of(device: torch.device) -> Iterator[None]:
+def memory_of(device: torch.device, advice: str) -> Iterator[None]:
     """Say what to do where a GPU's memory runs out inside the block.
+
+    Args:
+        device: where it computes.
+        advice: what makes it need less, as the end of "choose ...".
 
     Raises:
         FastTowerError: it did.
@@ -60,8 +64,8 @@ def memory_of(device: torch.device) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         asked = ". ".join(str(error).split(". ")[:2])  # what happened, and how much was asked for
         raise FastTowerError(
-            f"{device} ran out of memory ({asked}); choose a smaller --batch-size or --embedding-dim, free "
-            f"what others hold there, or use --device cpu."
+            f"{device} ran out of memory ({asked}); choose {advice}, free what others hold there, or use "
+            f"--device cpu."
         ) from error
 
 

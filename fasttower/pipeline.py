@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
     Source: TypeAlias = str | Path | pl.DataFrame | pl.LazyFrame | pd.DataFrame | pa.Table
 
+_LESS_MEMORY = "a smaller --batch-size or --embedding-dim"
+
 
 class FitObserver(Observer):
     """What `fit` tells besides the trainer's progress; silent as it is, every method may be overridden."""
@@ -85,7 +87,7 @@ def fit(
     clock = _Clock()
 
     device, backend, why = _choose_where(config, observer)
-    with cpu_threads(config.threads) as threads, memory_of(device):
+    with cpu_threads(config.threads) as threads, memory_of(device, _LESS_MEMORY):
         source = config.data if data is None or isinstance(data, str | Path) else data
         prepared = prepare(source, config, config.seed, observer.download_progress())
         training_data = to_training_data(prepared)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from fasttower.config import Config
 from fasttower.data.later_rows import positives, read_later_rows
-from fasttower.device import choose_device
+from fasttower.device import choose_device, memory_of
 from fasttower.errors import FastTowerError
 from fasttower.evaluation.later_test import Evaluation, evaluate_run
 from fasttower.export import Format, export_run
@@ -133,17 +134,21 @@ class Run:
         """`recommend` in frames of some users each, for results that do not fit into memory."""
         wanted = self.users if users is None else find_ids(users, self.users, unknown)
         index = self._index(wanted["user_index"])
-        return recommend(
-            self.model.infer_users() if users is None else self.model.infer_users(index),
-            wanted["user_id"],
-            self.model,
-            self.items,
-            k=k,
-            seen=self.known_positives if filter_seen else None,
-            seen_users=index,
-            candidates=self._candidates(deny, allow),
-            scoring=scoring,
-            memory_budget_bytes=memory_budget_bytes,
+        with self._memory():
+            vectors = self.model.infer_users() if users is None else self.model.infer_users(index)
+        return self._watched(
+            recommend(
+                vectors,
+                wanted["user_id"],
+                self.model,
+                self.items,
+                k=k,
+                seen=self.known_positives if filter_seen else None,
+                seen_users=index,
+                candidates=self._candidates(deny, allow),
+                scoring=scoring,
+                memory_budget_bytes=memory_budget_bytes,
+            )
         )
 
     def recommend_new(
@@ -197,28 +202,31 @@ class Run:
             )
             for some in (positives(rows, self.config.min_rating), rows)
         )
-        vectors = fold_in(
-            touched,
-            self.model.infer_items(),
-            self.model.item_bias,
-            LossSettings(self.config.num_negatives, self.metrics["l2"], self.config.loss_scale),
-            exclude_known_positives=self.config.exclude_known_positives,
-        )
+        with self._memory():
+            vectors = fold_in(
+                touched,
+                self.model.infer_items(),
+                self.model.item_bias,
+                LossSettings(self.config.num_negatives, self.metrics["l2"], self.config.loss_scale),
+                exclude_known_positives=self.config.exclude_known_positives,
+            )
         users = torch.arange(len(user_ids), device=vectors.device)
         if self.model.item_bias is None:  # then nothing is known of who has touched nothing
             users = users[touched.degrees > 0]
         return pl.concat(
-            recommend(
-                vectors[users],
-                user_ids.gather(users.cpu().numpy()),
-                self.model,
-                self.items,
-                k=k,
-                seen=seen if filter_seen else None,
-                seen_users=users,
-                candidates=self._candidates(deny, allow),
-                scoring=scoring,
-                memory_budget_bytes=memory_budget_bytes,
+            self._watched(
+                recommend(
+                    vectors[users],
+                    user_ids.gather(users.cpu().numpy()),
+                    self.model,
+                    self.items,
+                    k=k,
+                    seen=seen if filter_seen else None,
+                    seen_users=users,
+                    candidates=self._candidates(deny, allow),
+                    scoring=scoring,
+                    memory_budget_bytes=memory_budget_bytes,
+                )
             )
         )
 
@@ -239,7 +247,8 @@ class Run:
         rows = read_later_rows(pairs, self.config)
         for id_map in (self.users, self.items):
             rows = _known(rows, id_map, unknown)
-        logits = self.model.score(self._index(rows["user_index"]), self._index(rows["item_index"]))
+        with self._memory():
+            logits = self.model.score(self._index(rows["user_index"]), self._index(rows["item_index"]))
         return rows.select("user_id", "item_id", rating=pl.Series(logits.cpu().numpy()))
 
     def similar_items(self, items: Any, k: int = 10, *, unknown: Unknown = "raise") -> pl.DataFrame:  # noqa: ANN401
@@ -258,12 +267,14 @@ class Run:
             FastTowerError: unknown items, or ids of another type than the run's.
         """
         wanted = find_ids(items, self.items, unknown)
-        return nearest(self.model.infer_items(), wanted, self.items, k=k)
+        with self._memory():
+            return nearest(self.model.infer_items(), wanted, self.items, k=k)
 
     def similar_users(self, users: Any, k: int = 10, *, unknown: Unknown = "raise") -> pl.DataFrame:  # noqa: ANN401
         """The K users whose vectors have the largest cosine to each user's; see `similar_items`."""
         wanted = find_ids(users, self.users, unknown)
-        return nearest(self.model.infer_users(), wanted, self.users, k=k)
+        with self._memory():
+            return nearest(self.model.infer_users(), wanted, self.users, k=k)
 
     def evaluate(
         self,
@@ -289,7 +300,8 @@ class Run:
         Raises:
             FastTowerError: a test part that cannot be read or has no row the run knows, or an unknown metric.
         """
-        return evaluate_run(self, test, metrics, k, filter_seen=filter_seen)
+        with self._memory():
+            return evaluate_run(self, test, metrics, k, filter_seen=filter_seen)
 
     def user_vectors(self) -> pl.DataFrame:
         """user_id and vector (Array(Float32, D)), sorted by id."""
@@ -350,6 +362,16 @@ class Run:
             FastTowerError: the folder is not empty or cannot be written, or the library is not installed.
         """
         return export_run(self, to, format)
+
+    def _memory(self) -> AbstractContextManager[None]:
+        """Where the device's memory runs out inside the block, the error says what to do."""
+        device = self.known_positives.items.device
+        return memory_of(device, "a smaller memory budget or fewer users and items at a time")
+
+    def _watched(self, frames: Iterator[pl.DataFrame]) -> Iterator[pl.DataFrame]:
+        """The frames, made with an eye on the device's memory."""
+        with self._memory():
+            yield from frames
 
     def _index(self, index: pl.Series) -> Tensor:
         """A column of indices on the run's device: (n,), int64."""

@@ -52,7 +52,7 @@ def update_run(run: Run, interactions: Any, *, epochs: int, observer: Observer) 
     known = KnownPositives.from_pairs(pairs.user_index, pairs.item_index, users.height, items.height)
     model = extended_model(run.model, old_users, old_items, pairs, users.height, items.height, config, l2)
     # The run may have been trained on a machine with more cores.
-    with memory_of(device), cpu_threads(config.threads and min(config.threads, cpu_cores())):
+    with memory_of(device, "fewer rows"), cpu_threads(config.threads and min(config.threads, cpu_cores())):
         history = train(model, pairs, known, config, l2=l2, epochs=epochs, phase="update", observer=observer)
         recommendations = recommend_to_all(model, known, users, items, config)
     metrics = {

@@ -312,3 +312,17 @@ def test_a_file_that_cannot_be_finished_leaves_the_old_one(ask, saved, tmp_path,
     assert "No space left" in err
     assert (tmp_path / "out.csv").read_text() == "old"
     assert [file.name for file in tmp_path.iterdir()] == ["out.csv"]
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "csv", "jsonl", "json"])
+@pytest.mark.parametrize("error", [fasttower.FastTowerError, RuntimeError, KeyboardInterrupt, OSError])
+def test_what_goes_wrong_in_a_later_block_comes_out_as_itself(tmp_path, suffix, error):
+    from fasttower.commands.output import write_frames
+
+    def frames():
+        yield pl.DataFrame({"user_id": ["a"]})
+        raise error("CUDA error: an illegal memory access")
+
+    with pytest.raises(error, match=r"^CUDA error: an illegal memory access$"):
+        write_frames(frames(), tmp_path / f"out.{suffix}")
+    assert not list(tmp_path.iterdir())

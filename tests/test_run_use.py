@@ -471,3 +471,24 @@ def test_titles_come_with_recommendations_and_neighbours(ml_100k):
 
 def test_a_run_says_what_it_is_in_one_line(run):
     assert repr(run).startswith("<Run on DataFrame: 40 users, 60 items, dimension 4; NDCG@5 0.")
+
+
+def test_a_gpu_whose_memory_runs_out_says_what_to_do(run, monkeypatch):
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has much more.")
+
+    pairs = pl.DataFrame({"user": ["001"], "item": ["item 1"]})
+    for place, ask in (
+        ("fasttower.retrieval.recommendations.top_k", lambda: run.recommend(["001"])),
+        ("fasttower.retrieval.recommendations.top_k", lambda: run.recommend_new(pairs)),
+        ("fasttower.run.fold_in", lambda: run.recommend_new(pairs)),
+        ("fasttower.retrieval.neighbours.top_k", lambda: run.similar_items(["item 1"])),
+        ("fasttower.retrieval.neighbours.top_k", lambda: run.similar_users(["001"])),
+        ("fasttower.model.TwoTower.score", lambda: run.score(pairs)),
+        ("fasttower.evaluation.later_test.most_popular", lambda: run.evaluate(pairs)),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(place, fail)
+            with pytest.raises(FastTowerError, match=r"Tried to allocate 2.*smaller memory budget") as error:
+                ask()
+        assert "\n" not in str(error.value)

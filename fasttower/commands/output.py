@@ -48,17 +48,22 @@ def write_frames(frames: Iterator[pl.DataFrame], path: Path) -> int:
         path: as `check_output` found it good.
 
     Raises:
-        FastTowerError: the file cannot be written.
+        FastTowerError: the file cannot be written; and whatever the frames raise.
     """
     path = path.resolve()  # what a link points to is what is replaced
     first = next(frames)
     count = 0
+    failure: BaseException | None = None
 
     def all_frames(*_: object) -> Iterator[pl.DataFrame]:
-        nonlocal count
-        for frame in itertools.chain([first], frames):
-            count += len(frame)
-            yield frame
+        nonlocal count, failure
+        try:
+            for frame in itertools.chain([first], frames):
+                count += len(frame)
+                yield frame
+        except BaseException as error:
+            failure = error  # Polars will make another one of it
+            raise
 
     rows = register_io_source(all_frames, schema=first.schema)
     try:
@@ -67,6 +72,8 @@ def write_frames(frames: Iterator[pl.DataFrame], path: Path) -> int:
             _WRITERS[path.suffix.lower()](rows, part)
             part.replace(path)
     except (OSError, pl.exceptions.PolarsError) as error:
+        if failure is not None:
+            raise failure from None
         reason = str(error).strip().split("\n", maxsplit=1)[0]
         raise FastTowerError(f"--output {path} cannot be written: {reason}.") from error
     return count
