@@ -188,6 +188,32 @@ class Run:
         Raises:
             FastTowerError: interactions that cannot be read, unknown items, or nothing allowed.
         """
+        return pl.concat(
+            self.recommend_new_in_blocks(
+                interactions,
+                k,
+                filter_seen=filter_seen,
+                deny=deny,
+                allow=allow,
+                unknown=unknown,
+                scoring=scoring,
+                memory_budget_bytes=memory_budget_bytes,
+            )
+        )
+
+    def recommend_new_in_blocks(
+        self,
+        interactions: Any,  # noqa: ANN401
+        k: int = 10,
+        *,
+        filter_seen: bool = True,
+        deny: Any = None,  # noqa: ANN401
+        allow: Any = None,  # noqa: ANN401
+        unknown: Unknown = "raise",
+        scoring: Scoring = "float32",
+        memory_budget_bytes: int | None = None,
+    ) -> Iterator[pl.DataFrame]:
+        """`recommend_new` in frames of some users each, for results that do not fit into memory."""
         rows = read_later_rows(interactions, self.config, rated=self.config.min_rating is not None)
         user_ids = rows["user_id"].unique(maintain_order=True)
         rows = _known(rows, self.items, unknown)
@@ -213,20 +239,18 @@ class Run:
         users = torch.arange(len(user_ids), device=vectors.device)
         if self.model.item_bias is None:  # then nothing is known of who has touched nothing
             users = users[touched.degrees > 0]
-        return pl.concat(
-            self._watched(
-                recommend(
-                    vectors[users],
-                    user_ids.gather(users.cpu().numpy()),
-                    self.model,
-                    self.items,
-                    k=k,
-                    seen=seen if filter_seen else None,
-                    seen_users=users,
-                    candidates=self._candidates(deny, allow),
-                    scoring=scoring,
-                    memory_budget_bytes=memory_budget_bytes,
-                )
+        return self._watched(
+            recommend(
+                vectors[users],
+                user_ids.gather(users.cpu().numpy()),
+                self.model,
+                self.items,
+                k=k,
+                seen=seen if filter_seen else None,
+                seen_users=users,
+                candidates=self._candidates(deny, allow),
+                scoring=scoring,
+                memory_budget_bytes=memory_budget_bytes,
             )
         )
 
