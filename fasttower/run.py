@@ -22,7 +22,7 @@ from fasttower.export import Format, export_run
 from fasttower.model import TwoTower
 from fasttower.new_directory import reserved
 from fasttower.retrieval import find_ids, nearest, recommend, with_index
-from fasttower.retrieval.ids import Unknown, check_known
+from fasttower.retrieval.ids import Unknown, check_choice, check_known
 from fasttower.run_directory import read_run, run_path, write_run
 from fasttower.training.fold_in import fold_in
 from fasttower.training.trainer import EpochRecord, Observer
@@ -132,6 +132,7 @@ class Run:
         memory_budget_bytes: int | None = None,
     ) -> Iterator[pl.DataFrame]:
         """`recommend` in frames of some users each, for results that do not fit into memory."""
+        check_choice(unknown)
         wanted = self.users if users is None else find_ids(users, self.users, unknown)
         index = self._index(wanted["user_index"])
         with self._memory():
@@ -214,7 +215,8 @@ class Run:
         memory_budget_bytes: int | None = None,
     ) -> Iterator[pl.DataFrame]:
         """`recommend_new` in frames of some users each, for results that do not fit into memory."""
-        rows = read_later_rows(interactions, self.config, rated=self.config.min_rating is not None)
+        maps, rated = (self.users, self.items), self.config.min_rating is not None
+        rows = read_later_rows(interactions, self.config, rated=rated, like=maps)
         user_ids = rows["user_id"].unique(maintain_order=True)
         rows = _known(rows, self.items, unknown)
         numbered = user_ids.to_frame().with_row_index("user_index")
@@ -268,7 +270,7 @@ class Run:
         Raises:
             FastTowerError: pairs that cannot be read, or unknown ids.
         """
-        rows = read_later_rows(pairs, self.config)
+        rows = read_later_rows(pairs, self.config, like=(self.users, self.items))
         for id_map in (self.users, self.items):
             rows = _known(rows, id_map, unknown)
         with self._memory():

@@ -81,6 +81,13 @@ def test_new_users_come_in_blocks_too(ask, saved, run, ratings, tmp_path, monkey
     np.testing.assert_allclose(frame["rating"], expected["rating"], rtol=1e-5)
 
 
+def test_no_new_users_are_an_empty_file(ask, saved, run, tmp_path):
+    (tmp_path / "new.csv").write_text("user,item\n")
+    out = tmp_path / "out.parquet"
+    assert ask("recommend", saved, "--new", tmp_path / "new.csv", "--output", out)[0] == 0
+    assert pl.read_parquet(out).schema == run.recommend(["001"]).schema
+
+
 def test_an_array_of_pieces_has_no_gaps(tmp_path):
     from fasttower.commands.output import write_frames
 

@@ -63,6 +63,9 @@ def test_some_users_get_their_rows_in_the_order_asked_for_each_once(run):
         pl.DataFrame({"other": ["001"], "user_id": ["007"]}),
         pd.Series(["007"]),
         pd.DataFrame({"user_id": ["007"]}),
+        pd.DataFrame({"other": ["001"], "userId": ["007"]}),
+        pl.LazyFrame({"whoever": ["007"]}),
+        pl.DataFrame({"user_id": ["007"]}).to_arrow(),
     ],
     ids=lambda users: type(users).__name__,
 )
@@ -78,9 +81,32 @@ def test_integers_of_any_width_are_ids(numbered):
 
 
 def test_nobody_is_asked_for(run, numbered):
-    for nobody in ([], np.array([]), set(), pl.Series([], dtype=pl.String)):
+    for nobody in ([], np.array([]), set(), pl.Series([], dtype=pl.String), pl.DataFrame({"user": []})):
         assert run.recommend(nobody).is_empty()
         assert numbered.recommend(nobody).is_empty()
+
+
+@pytest.mark.parametrize("source", ["frame", "typed", "file"])
+def test_nothing_in_nothing_out_in_the_right_types(run, numbered, ratings, tmp_path, source):
+    (tmp_path / "empty.csv").write_text("user,item,rating\n")
+    types = {"user": pl.Int64, "item": pl.String, "rating": pl.Float64}
+    empty = {
+        "frame": pl.DataFrame({"user": [], "item": [], "rating": []}),
+        "typed": pl.DataFrame(schema=types),
+        "file": tmp_path / "empty.csv",
+    }[source]
+    rated = fasttower.fit(ratings, Config(**{**vars(CONFIG), "min_rating": 3.0, "epochs": 1}))
+    for one in (run, numbered, rated):
+        some = pl.DataFrame({"user": one.users["user_id"][:2], "item": one.items["item_id"][:2]})
+        for ask in (one.score, one.recommend_new):
+            nothing = ask(empty)
+            assert nothing.is_empty()
+            assert nothing.schema == ask(some).schema
+        with pytest.raises(FastTowerError, match="no rows"):
+            one.evaluate(empty)
+        with pytest.raises(FastTowerError, match="no rows"):
+            one.update(empty)
+    assert run.similar_items([]).schema == run.similar_items(["item 1"]).schema
 
 
 def test_k_beyond_what_is_left_gives_fewer_rows(run):
@@ -151,6 +177,15 @@ def test_unknown_users_are_named_or_skipped(run):
         (lambda run: run.recommend([["001"]]), "user ids given are List"),
         (lambda run: run.recommend(["001", 1]), "user ids cannot be read"),
         (lambda run: run.recommend(["001"], unknown="ignore"), "expected 'raise' or 'skip'"),
+        (lambda run: run.recommend(unknown="ignore"), "expected 'raise' or 'skip'"),
+        (lambda run: run.similar_items(None), "the item ids are None; give one"),
+        (lambda run: run.similar_users(None), "the user ids are None; give one"),
+        (
+            lambda run: run.recommend(pl.LazyFrame({"a": ["1"], "b": ["2"]})),
+            "no column of user ids .* 'a', 'b'",
+        ),
+        (lambda run: run.recommend(["001"], deny=pl.LazyFrame({"item": [1]})), "item ids given are Int64"),
+        (lambda run: run.recommend(pd.DataFrame({"userId": [1]})), "user ids given are Int64"),
         (lambda run: run.recommend(["001"], k=0), "k is 0"),
         (lambda run: run.recommend(["001"], k=2.5), "k is 2.5; expected a whole number"),
         (lambda run: run.similar_items(["item 1"], k="3"), "k is '3'"),

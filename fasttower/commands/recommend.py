@@ -84,7 +84,8 @@ def run(arguments: Sequence[str]) -> int:
 
     if flags.new is not None:
         asked = with_columns(trained, flags.user_column, flags.item_column, flags.rating_column).config
-        new = read_later_rows(flags.new, asked, rated=asked.min_rating is not None)
+        maps = (trained.users, trained.items)
+        new = read_later_rows(flags.new, asked, rated=asked.min_rating is not None, like=maps)
         count = new["user_id"].n_unique()
         frames = with_columns(trained, "user_id", "item_id", "rating").recommend_new_in_blocks(
             new,
