@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 
 from fasttower.errors import FastTowerError
+from fasttower_kernels.backends import choose_backend
 
 
 def choose_device(requested: str, *, strict: bool = False) -> tuple[torch.device, str | None]:
@@ -41,6 +42,19 @@ def _why_not(name: str) -> str:
     if torch.version.cuda is None:
         return f"torch {torch.__version__} was built without CUDA"
     return f"torch {torch.__version__} (CUDA {torch.version.cuda}) finds no usable GPU"
+
+
+def fallback_note(device: str, backend: str, why: str) -> str | None:
+    """A line for the user where `choose_backend` took plain torch for want of a fused backend.
+
+    Args:
+        device: where it runs.
+        backend: of `choose_backend`.
+        why: likewise.
+    """
+    if backend != "torch" or why == choose_backend("torch", torch.device(device))[1]:
+        return None
+    return f"training on {device} in plain torch, which is slow: {why}."
 
 
 def cpu_cores() -> int:

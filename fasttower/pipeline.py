@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,7 +15,7 @@ import torch
 from fasttower.config import Config
 from fasttower.data.catalog import Progress
 from fasttower.data.preparation import PreparedData, prepare
-from fasttower.device import check_repeatable, choose_device, cpu_threads, memory_of
+from fasttower.device import check_repeatable, choose_device, cpu_threads, fallback_note, memory_of
 from fasttower.errors import FastTowerError
 from fasttower.evaluation.popularity import most_popular
 from fasttower.evaluation.replay_report import replay_metrics
@@ -39,7 +40,11 @@ _LESS_MEMORY = "a smaller --batch-size or --embedding-dim"
 
 
 class FitObserver(Observer):
-    """What `fit` tells besides the trainer's progress; silent as it is, every method may be overridden."""
+    """What `fit` tells besides the trainer's progress; every method may be overridden.
+
+    As it is, it is silent but for a device or a backend that stands in for a better one: that is a warning of
+    Python's.
+    """
 
     def download_progress(self) -> Progress | None:
         """What a download reports to; None for nothing."""
@@ -47,12 +52,15 @@ class FitObserver(Observer):
 
     def on_warning(self, line: str) -> None:
         """Called with a line that the user should see."""
+        warnings.warn(line, stacklevel=4)  # where fit was called
 
     def on_prepared(self, prepared: PreparedData, config: Config) -> None:
         """Called when the data are ready."""
 
     def on_training(self, device: str, backend: str, why: str, threads: int) -> None:
         """Called before training with what it will use."""
+        if line := fallback_note(device, backend, why):
+            warnings.warn(line, stacklevel=3)  # where fit was called
 
     def on_seed(self, seed: int) -> None:
         """Called before each seed's training where there are several."""
@@ -67,7 +75,7 @@ def fit(
         data: the name of a data set, a path, or a Polars, pandas or Arrow frame with one row an interaction;
             None takes ``config.data``.
         config: every setting; the default preset if not given.
-        observer: progress and the stop signal; silent if not given.
+        observer: progress and the stop signal; if not given, silent but for warnings.
 
     Returns:
         The run. `Run.save` writes it to a directory.
