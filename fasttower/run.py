@@ -361,7 +361,9 @@ class Run:
             observer: progress and the stop signal.
 
         Returns:
-            A new run. It has no metrics of a test part: what is new may be what the old one was tested on.
+            A new run, with the device and backend that were used now; where a backend that the run asked for
+            cannot run here, with backend auto. It has no metrics of a test part: what is new may be what the
+            old one was tested on.
 
         Raises:
             FastTowerError: interactions that cannot be read, or ids of another type than the run's.

@@ -1,6 +1,9 @@
 """What a finished run can be asked for: ids in, ids out."""
 
+import dataclasses
+import json
 import math
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -453,6 +456,34 @@ def test_an_update_takes_in_new_rows_new_users_and_new_items(run, ratings):
     items = updated.recommendations.filter(pl.col("user_id") == "new")["item_id"]
     even = items.filter(items.str.starts_with("item ")).str.strip_prefix("item ").cast(pl.Int64) % 2 == 0
     assert even.mean() >= 0.8
+
+
+def test_an_update_on_another_device_says_what_it_used(run, tmp_path):
+    new = pl.DataFrame({"user": ["001"], "item": ["item 2"]})
+    config = dataclasses.replace(run.config, backend="triton", device="cuda")
+    trained = dataclasses.replace(run, config=config, device="cuda", backend="triton")
+    with pytest.warns(UserWarning, match=r"asked for backend triton \(.*not cpu.*takes numba") as warned:
+        updated = trained.update(new, epochs=1)
+    assert [warning.filename for warning in warned] == [__file__]
+    updated.save(tmp_path / "run")
+    config, metrics = (
+        json.loads((tmp_path / "run" / f"{name}.json").read_text()) for name in ("config", "metrics")
+    )
+    assert (updated.device, config["device"], metrics["device"]) == ("cpu",) * 3
+    assert (updated.backend, config["backend"], metrics["backend"]) == ("numba",) * 3
+    assert config["backend_requested"] == "auto"
+    # The loaded run goes on as it is, and a backend that runs is kept without a word.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fasttower.load_run(tmp_path / "run").update(new, epochs=1)
+        assert run.update(new, epochs=1).backend == run.config.backend == "torch"
+
+
+def test_an_update_in_plain_torch_for_want_of_numba_is_a_warning(run, monkeypatch):
+    auto = dataclasses.replace(run, config=dataclasses.replace(run.config, backend="auto"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.warns(UserWarning, match="no fused backend for cpu"):
+        assert auto.update(pl.DataFrame({"user": ["001"], "item": ["item 2"]}), epochs=1).backend == "torch"
 
 
 def test_an_update_starts_at_the_vectors_of_the_run(run):
