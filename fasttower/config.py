@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 from fasttower.errors import FastTowerError
 
@@ -142,48 +142,10 @@ class TrainingConfig:
         return dataclasses.replace(self, batch_size=batch_size, init_scale=init_scale)
 
 
-# What a preset sets that the defaults set otherwise.
-_PRESET_FIELDS: dict[str, dict[str, Any]] = {
-    # The published notebook's protocol, without its mistake of training on the test part.
-    "notebook": {
-        "min_user_interactions": 20,
-        "test_fraction": 0.2,
-        "test_min_rating": 4,
-        "valid_fraction": 0,
-        "embedding_dim": 16,
-        "item_bias": False,
-        "init_scale": 1.0,
-        "num_negatives": 10,
-        "exclude_known_positives": False,
-        "l2": (0.0,),
-        "loss_scale": "pairs",
-        "learning_rate": 1e-3,
-        "batch_size": 1024,
-        "epochs": 30,
-    }
-}
-
-
-class _FromPreset(type):
-    """Has a configuration take what it is not given from its preset.
-
-    Only where the arguments are still apart from the defaults can that be told, which is before ``__init__``.
-    """
-
-    if not TYPE_CHECKING:  # for type checkers the dataclass's own signature stands
-
-        def __call__(cls, **given):  # noqa: ANN003, ANN204
-            preset = given.get("preset")
-            values = _PRESET_FIELDS.get(preset, {}) if isinstance(preset, str) else {}
-            return super().__call__(**values | given)
-
-
 @dataclass(frozen=True, kw_only=True)
-class Config(TrainingConfig, DataConfig, metaclass=_FromPreset):
+class Config(TrainingConfig, DataConfig):
     """A whole run: data, model, training, recommendations."""
 
-    preset: Preset = "default"
-    """Where the defaults come from: default, or notebook (the published notebook's protocol)."""
     device: Device = "auto"
     """Where to train: auto takes CUDA, then MPS, then the CPU."""
     strict_device: bool = False
@@ -210,8 +172,7 @@ class Config(TrainingConfig, DataConfig, metaclass=_FromPreset):
     def from_json(cls, values: Mapping[str, Any], base: Config | None = None) -> Config:
         """A configuration from the fields of a ``config.json``.
 
-        Those that it lacks are taken from ``base``, or, where it names another preset than that one's, from
-        its preset.
+        Those that it lacks are taken from the preset that it names, or else from ``base``.
 
         Raises:
             FastTowerError: a field that no configuration has, or a value out of its range.
@@ -222,6 +183,10 @@ class Config(TrainingConfig, DataConfig, metaclass=_FromPreset):
         for name in ("device", "backend"):
             if (requested := merged.pop(f"{name}_requested", None)) is not None:
                 merged[name] = requested
+        if (preset := merged.pop("preset", None)) is not None:
+            if preset not in PRESETS:
+                raise FastTowerError(f"the preset is {preset!r}; expected one of {', '.join(PRESETS)}.")
+            base = PRESETS[preset]
         if unknown := sorted(merged.keys() - known):
             raise FastTowerError(
                 f"the configuration has no field {', '.join(unknown)}; "
@@ -232,9 +197,7 @@ class Config(TrainingConfig, DataConfig, metaclass=_FromPreset):
                 merged["data_root"] = Path(merged["data_root"])
             if "l2" in merged:
                 merged["l2"] = tuple(merged["l2"])
-            if base is None or merged.get("preset", base.preset) != base.preset:
-                return cls(**merged)
-            return dataclasses.replace(base, **merged)
+            return cls(**merged) if base is None else dataclasses.replace(base, **merged)
         except TypeError as error:
             raise FastTowerError(f"the configuration has a value of the wrong type: {error}.") from error
 
@@ -281,4 +244,24 @@ def _check(config: object, name: str, holds: bool, expected: str) -> None:
         raise FastTowerError(f"{flag} is {getattr(config, name)}; expected {expected}.")
 
 
-PRESETS: dict[Preset, Config] = {"default": Config(), "notebook": Config(preset="notebook")}
+PRESETS: dict[Preset, Config] = {
+    "default": Config(),
+    # The published notebook's protocol, without its mistake of training on the test part.
+    "notebook": Config(
+        min_user_interactions=20,
+        test_fraction=0.2,
+        test_min_rating=4,
+        valid_fraction=0,
+        embedding_dim=16,
+        item_bias=False,
+        init_scale=1.0,
+        num_negatives=10,
+        exclude_known_positives=False,
+        l2=(0.0,),
+        loss_scale="pairs",
+        learning_rate=1e-3,
+        batch_size=1024,
+        epochs=30,
+    ),
+}
+"""Configurations to begin with; ``dataclasses.replace(PRESETS["notebook"], epochs=10)`` changes one."""

@@ -20,7 +20,7 @@ import tyro
 
 from fasttower import __version__
 from fasttower.cli import EXIT_INTERRUPTED, guarded, parse
-from fasttower.config import PRESETS, Config
+from fasttower.config import PRESETS, Config, Preset
 from fasttower.errors import FastTowerError
 
 if TYPE_CHECKING:
@@ -36,6 +36,8 @@ DESCRIPTION = (
 class TrainFlags(Config):
     """The configuration, and what concerns this command alone."""
 
+    preset: Preset = "default"
+    """Where the defaults come from: default, or notebook (the published notebook's protocol)."""
     run_dir: Path | None = None
     """Where the run is written; runs/<data>-<time> if not given. A directory that is not empty, or in use, is
     refused."""
@@ -92,7 +94,8 @@ def read_flags(arguments: Sequence[str]) -> TrainFlags:
     base = PRESETS[known.preset]
     if known.config is not None:
         base = Config.from_json(_read_json(known.config), base)
-    default = TrainFlags(**{field.name: getattr(base, field.name) for field in dataclasses.fields(Config)})
+    fields = {field.name: getattr(base, field.name) for field in dataclasses.fields(Config)}
+    default = TrainFlags(**fields, preset=known.preset)
     return parse(TrainFlags, arguments, prog="fasttower train", default=default, description=DESCRIPTION)
 
 

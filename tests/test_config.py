@@ -44,7 +44,6 @@ from fasttower.errors import FastTowerError
         ("item_bias", "no"),
         ("l2", "0.1"),
         ("data", 3),
-        ("preset", "fast"),
     ],
 )
 def test_values_out_of_range_are_named_by_their_flag(field, value):
@@ -89,19 +88,21 @@ def test_json_fields_go_over_the_base():
     assert Config.from_json({"epochs": 3}, PRESETS["notebook"]).batch_size == 1024
 
 
-def test_a_preset_gives_what_is_not_given():
-    assert Config(preset="notebook") == PRESETS["notebook"]
-    changed = Config(preset="notebook", embedding_dim=32, l2=0.06)
-    # 32 and 0.06 are defaults; they are given all the same.
-    assert (changed.embedding_dim, changed.l2, changed.batch_size) == (32, (0.06,), 1024)
-    assert dataclasses.replace(PRESETS["notebook"], embedding_dim=32, l2=0.06) == changed
+def test_a_preset_is_no_label_that_can_be_put_on_other_settings():
     assert Config() == PRESETS["default"]
+    with pytest.raises(TypeError, match="preset"):
+        dataclasses.replace(Config(), preset="notebook")
+    # 32 and 0.06 are defaults; they are given all the same.
+    changed = dataclasses.replace(PRESETS["notebook"], embedding_dim=32, l2=0.06)
+    assert (changed.embedding_dim, changed.l2, changed.batch_size) == (32, (0.06,), 1024)
 
 
 def test_json_that_names_a_preset():
     expected = dataclasses.replace(PRESETS["notebook"], epochs=3)
     for base in (None, PRESETS["default"], PRESETS["notebook"]):
         assert Config.from_json({"preset": "notebook", "epochs": 3}, base) == expected
+    with pytest.raises(FastTowerError, match="the preset is 'fast'; expected one of default, notebook"):
+        Config.from_json({"preset": "fast"})
     whole = dataclasses.replace(expected, embedding_dim=32)
     assert Config.from_json(whole.to_json(device="cpu", backend="numba"), PRESETS["default"]) == whole
 

@@ -29,7 +29,7 @@ def run(arguments: Sequence[str]) -> int:
     trained = load_run(flags.run)
     config, metrics = trained.config, trained.metrics
     bias = "with" if config.item_bias else "without"
-    say(f"{flags.run}: {config.data}, preset {config.preset}, seed {config.seed}")
+    say(f"{flags.run}: {config.data}, seed {config.seed}")
     say(
         f"{len(trained.users):,} users, {len(trained.items):,} items, "
         f"{len(trained.known_positives.items):,} distinct pairs"
