@@ -25,3 +25,8 @@ class Console(rich.console.Console):
         self.quiet = True
         stream = sys.stderr if self.stderr else sys.stdout
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def counted_noun(count: int, noun: str) -> str:
+    """A number of things: "1 epoch", "2 epochs", "1,000 rows"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 
 from fasttower.config import Config
-from fasttower.console import Console
+from fasttower.console import Console, counted_noun
 from fasttower.data.preparation import PreparedData
 from fasttower.pipeline import FitObserver
 from fasttower.run import Run
@@ -172,7 +172,8 @@ class ConsoleObserver(FitObserver):
                 row.append("-" if deviation is None else f"{deviation:.4f}")
             table.add_row(name, *row, f"{metrics['popularity'][name]:.4f}")
         self._console.print(table)
-        self._console.print(f"trained for {metrics['best_epoch']} epochs with L2 {metrics['l2']:g}")
+        epochs = counted_noun(metrics["best_epoch"], "epoch")
+        self._console.print(f"trained for {epochs} with L2 {metrics['l2']:g}")
         main = next(iter(metrics["test"]))
         if metrics["test"][main] < metrics["popularity"][main]:
             self._console.print(f"[bold yellow]the model loses to popularity in {main}[/]")

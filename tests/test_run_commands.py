@@ -274,9 +274,11 @@ def test_info_says_what_the_run_is(ask, saved, run, tmp_path):
     assert code == 0
     assert "40 users, 60 items" in out
     assert f"{run.metrics['test']['NDCG@5']:.4f}" in out
+    epochs = run.metrics["best_epoch"]
+    assert f"trained for {epochs} epoch{'s' * (epochs > 1)} with L2" in out
     run.update(pl.DataFrame({"user": ["x"], "item": ["y"]}), epochs=1).save(tmp_path / "updated")
     code, out, _ = ask("info", tmp_path / "updated")
-    assert "update 1: 1 rows, 1 new users, 1 new items, 1 epochs" in out
+    assert "update 1: 1 row, 1 new user, 1 new item, 1 epoch\n" in out
 
 
 @pytest.mark.parametrize(

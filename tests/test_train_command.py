@@ -56,6 +56,11 @@ def test_a_run_from_a_file(csv, tmp_path, capsys):
     assert run.recommendations["user_id"].dtype == pl.String
 
 
+def test_one_epoch_is_no_epochs(csv, tmp_path, capsys):
+    assert command("--data", csv, "--run-dir", tmp_path / "run", *QUICK, "--epochs", 1) == 0
+    assert "trained for 1 epoch with L2" in capsys.readouterr().out
+
+
 def test_json_alone_on_stdout(csv, tmp_path, capsys):
     assert command("--data", csv, "--run-dir", tmp_path / "run", "--json", *QUICK) == 0
     printed = capsys.readouterr()

@@ -10,6 +10,7 @@ import tyro
 
 from fasttower.cli import parse
 from fasttower.commands.output import metrics_frame, say, show_frame
+from fasttower.console import counted_noun
 from fasttower.run import load_run
 
 DESCRIPTION = "What a run is, and how good.\n\nExample: fasttower info runs/mine"
@@ -36,18 +37,15 @@ def run(arguments: Sequence[str]) -> int:
     )
     say(f"dimension {config.embedding_dim}, {bias} item bias, {config.num_negatives} negatives")
     say(f"batch size {config.batch_size:,}, learning rate {config.learning_rate:g}")
-    say(
-        f"trained for {metrics['best_epoch']} epochs with L2 {metrics['l2']:g} on {trained.device}, "
-        f"backend {trained.backend}"
-    )
+    epochs = counted_noun(metrics["best_epoch"], "epoch")
+    say(f"trained for {epochs} with L2 {metrics['l2']:g} on {trained.device}, backend {trained.backend}")
     if "test" in metrics:
         table = metrics_frame(metrics["test"], metrics["popularity"])
         show_frame(table, f"test part: {metrics['test_users']:,} users")
     for number, update in enumerate(metrics.get("updates", ()), start=1):
-        say(
-            f"update {number}: {update['rows']:,} rows, {update['new_users']:,} new users, "
-            f"{update['new_items']:,} new items, {update['epochs']} epochs"
-        )
+        nouns = {"rows": "row", "new_users": "new user", "new_items": "new item", "epochs": "epoch"}
+        counts = ", ".join(counted_noun(update[field], noun) for field, noun in nouns.items())
+        say(f"update {number}: {counts}")
     if trained.interrupted:
         say("its training was interrupted")
     return 0
