@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -351,3 +352,22 @@ def test_the_budget_is_kept():
     # The measurement sees what is allocated: all scores would be 32 MB.
     for backend, least in zip(backends, (3_000_000, 1_500_000), strict=False):
         assert max(peak for name, _, peak in peaks if name == backend) > least, peaks
+
+
+def test_calls_that_overlap_leave_torch_its_threads():
+    def later_thread():
+        numbers = []
+        thread = Thread(target=lambda: numbers.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+        return numbers[0]
+
+    torch.set_num_threads(3)
+    generator = torch.Generator().manual_seed(0)
+    users, items = (torch.randn(n, 8, generator=generator) for n in (3000, 2000))
+    calls = [Thread(target=top_k, args=(users[:n], items), kwargs={"k": 5}) for n in (1000, 3000, 2000)]
+    for call in calls:
+        call.start()
+    for call in calls:
+        call.join()
+    assert (torch.get_num_threads(), later_thread()) == (3, 3)

@@ -7,8 +7,10 @@ tiles, so that workers wait for nobody and a tile stays in the cache of the core
 from __future__ import annotations
 
 import math
+import os
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
+from threading import Barrier, Lock
 from typing import NamedTuple
 
 import numpy as np
@@ -27,6 +29,39 @@ _ROWS, _COLUMNS = 512, 1024
 
 _LEAST_ROWS, _LEAST_COLUMNS = 4, 16
 """Of a matmul: with fewer, MKL takes other ways, which round otherwise."""
+
+
+class _MatmulThreads:
+    """Threads in each of which a matmul takes one core, kept for later calls.
+
+    To set a thread's number sets that of threads which start later too. That is put back once, here, which
+    calls that overlap could not do.
+    """
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """As in a new process, which has none of them."""
+        self._count = 0
+        self._lock = Lock()
+
+    def pool(self, count: int) -> ThreadPoolExecutor:
+        """So many of them at least."""
+        with self._lock:
+            if count > self._count:
+                before = torch.get_num_threads()
+                self._pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
+                all_started = Barrier(count)
+                list(self._pool.map(lambda _: all_started.wait(), range(count)))
+                torch.set_num_threads(before)
+                self._count = count
+            return self._pool
+
+
+_matmul_threads = _MatmulThreads()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_matmul_threads.forget)
 
 
 class _Shape(NamedTuple):
@@ -133,9 +168,8 @@ def top_k_numba(
     allowed = torch.get_num_threads()
     shape = _shape(len(user_vectors), catalogue, allowed, budget_bytes)
     starts = range(0, len(user_vectors), shape.rows)
-    threads = max(1, min(allowed, len(starts), budget_bytes // shape.num_bytes))
     idle: SimpleQueue[_Worker] = SimpleQueue()
-    for _ in range(threads):
+    for _ in range(max(1, min(allowed, len(starts), budget_bytes // shape.num_bytes))):
         idle.put(_Worker(shape))
 
     @torch.inference_mode()  # the caller's modes are not those of other threads
@@ -153,16 +187,6 @@ def top_k_numba(
         finally:
             idle.put(worker)
 
-    # What is set here is this thread's number and that of threads which start later.
-    torch.set_num_threads(1)
-    try:
-        if threads == 1:
-            for start in starts:
-                run(start)
-        else:
-            with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-                for _ in pool.map(run, starts):
-                    pass
-    finally:
-        torch.set_num_threads(allowed)
+    for _ in _matmul_threads.pool(allowed).map(run, starts):
+        pass
     return found

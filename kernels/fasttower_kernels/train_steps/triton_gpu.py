@@ -301,7 +301,10 @@ class _Plan:
 
     def _capture(self, num_steps: int) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Its default stream is of the device that was current at the process's first capture, and another
+        # thread's allocation would break a capture that takes everybody's calls for its own.
+        stream = torch.cuda.Stream(self.words.device)
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             self._steps(num_steps)
         return graph
 
