@@ -1,4 +1,4 @@
-"""bfloat16 tables: what the option computes in plain torch, its way through a run, and where it is refused."""
+"""bfloat16 tables: what the option computes in plain torch, its way through a run, where it is refused."""
 
 import dataclasses
 import importlib.util
