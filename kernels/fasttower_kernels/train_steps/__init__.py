@@ -10,9 +10,15 @@ from fasttower_kernels.errors import FastTowerError
 from fasttower_kernels.known_positives import KnownPositives
 from fasttower_kernels.tables import Interactions
 from fasttower_kernels.train_steps import reference
-from fasttower_kernels.train_steps.state import Optimiser, StepSettings, TrainState, steps_per_epoch
+from fasttower_kernels.train_steps.state import (
+    Optimiser,
+    StepSettings,
+    TableDtype,
+    TrainState,
+    steps_per_epoch,
+)
 
-__all__ = ["Optimiser", "StepSettings", "TrainState", "run_steps", "steps_per_epoch"]
+__all__ = ["Optimiser", "StepSettings", "TableDtype", "TrainState", "run_steps", "steps_per_epoch"]
 
 
 def run_steps(
@@ -34,6 +40,8 @@ def run_steps(
         train_step(parameters, gradients, interactions[rows], ..., key=seed_key(seed), step=t)
         adam_step(parameters, gradients, moments_1, moments_2, count=t + 1, learning_rate=...)
 
+    With bfloat16 tables ``train_step`` gets users and items as ``table.bfloat16().float()``.
+
     Nothing but the state is carried from a step to the next, so a run may stop and go on at any step. With
     the lazy optimiser, rows that a step does not read are updated when one reads them again, at the latest
     when the call ends: whoever reads the tables sees what dense Adam would leave, to rounding. So where the
@@ -53,7 +61,7 @@ def run_steps(
 
     Raises:
         FastTowerError: the steps cross an epoch's end or do not fit 32 bits, arrays that do not fit each
-            other, or the backend cannot run here.
+            other, or the backend cannot run here or not in that dtype.
     """
     if not len(interactions):
         raise FastTowerError("there are no interactions to train on; expected 1 or more.")
