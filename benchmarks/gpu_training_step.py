@@ -214,17 +214,17 @@ def batch_loss(
 
 
 def plain_torch(positives: Positives, dim: int, batch_size: int, steps: int, loss_of: Callable[..., Tensor]):
-    """A function that trains the first steps of an epoch with torch alone."""
+    """A function that trains the first steps of an epoch, whose order is drawn before, with torch alone."""
     device = positives.interactions.user_index.device
     parameters = [table.requires_grad_() for table in start_tables(positives, dim, device)]
     optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE, fused=True)
     labels = torch.zeros(batch_size, 1 + NUM_NEGATIVES, device=device)
     labels[:, 0] = 1
     user_index, item_index = positives.interactions.user_index, positives.interactions.item_index
+    order = torch.randperm(len(positives.interactions), device=device)[: steps * batch_size]
 
     def run() -> None:
-        order = torch.randperm(len(positives.interactions), device=device)
-        for rows in order[: steps * batch_size].split(batch_size):
+        for rows in order.split(batch_size):
             user, item = user_index[rows], item_index[rows]
             negatives = torch.randint(
                 positives.num_items, (len(rows), NUM_NEGATIVES), device=device, dtype=item.dtype

@@ -33,7 +33,7 @@ class EpochRecord:
     """One line of a run's history.
 
     Attributes:
-        phase: "choose", "refit" or "train".
+        phase: "choose", "refit", "train" or "update".
         l2: the weight of the L2 term.
         epoch: from 1.
         step: training steps done so far.

@@ -34,12 +34,12 @@ from fasttower_kernels.known_positives import KnownPositives
 from fasttower_kernels.membership import known_arrays
 from fasttower_kernels.negatives.numba_cpu import TILE
 from fasttower_kernels.philox import seed_key
-from fasttower_kernels.sampled_bce.numba_cpu import Variant, add_batch, variant_of
+from fasttower_kernels.sampled_bce.numba_cpu import Variant, add_batch, scales_of, variant_of
 from fasttower_kernels.shuffle import epoch_key
 from fasttower_kernels.shuffle.reference import round_keys
 from fasttower_kernels.tables import Interactions
 from fasttower_kernels.threads import run_in_threads, wait
-from fasttower_kernels.train_steps.batch_numba_cpu import gather, scales_of, take_own
+from fasttower_kernels.train_steps.batch_numba_cpu import gather, take_own
 from fasttower_kernels.train_steps.lazy_numba_cpu import compiled_lazy, row_arrays
 from fasttower_kernels.train_steps.state import StepSettings, TrainState, steps_per_epoch
 
