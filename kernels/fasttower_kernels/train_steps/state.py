@@ -51,8 +51,11 @@ class StepSettings:
         table_dtype: of the user and item vectors as the loss and its gradients read them. With bfloat16 they
             are rounded, to nearest, ties to even; the item bias, all arithmetic, the gradients and the
             tables that Adam updates stay float32, so that updates too small for bfloat16 add up. Backends
-            triton and torch. Source: Micikevicius et al., "Mixed Precision Training" (ICLR 2018), section
-            3.1.
+            triton and torch. Against float64 of the unrounded tables, a batch of 8,192 of a MovieLens-1M run
+            (dimension 64, 12 epochs) had a relative error of up to 7e-6 in the loss, 2e-3 in the gradients
+            of users and items and 4e-4 in that of the bias, where float32 had 5e-8 and 1e-7 (``python -m
+            benchmarks.bfloat16_error``). Source: Micikevicius et al., "Mixed Precision Training" (ICLR
+            2018), section 3.1.
     """
 
     loss: LossSettings
