@@ -97,12 +97,9 @@ def test_reduced_precision_recommends_the_same(run, ratings):
     exact, reduced = (run.recommend(k=5, scoring=scoring) for scoring in ("float32", "bfloat16"))
     assert reduced.drop("rating").equals(exact.drop("rating"))
     np.testing.assert_allclose(reduced["rating"], exact["rating"], rtol=1e-5, atol=1e-6)
-    # "tf32" arrives as it is, and the run is on a CPU.
     for call in (run.recommend, lambda **options: run.recommend_new(ratings, **options)):
-        with pytest.raises(FastTowerError, match="scoring is tf32, which runs on cuda"):
-            call(scoring="tf32")
-    with pytest.raises(FastTowerError, match="scoring is tf32"):
-        next(run.recommend_in_blocks(scoring="tf32"))
+        with pytest.raises(FastTowerError, match="scoring is 'float16'; expected"):
+            call(scoring="float16")
 
 
 def test_denied_items_are_never_given_and_only_allowed_ones_are(run):
