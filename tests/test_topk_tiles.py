@@ -17,7 +17,7 @@ from fasttower_kernels.topk import reference, top_k
 from fasttower_kernels.topk.tiles import Catalogue
 
 try:
-    from fasttower_kernels.topk import numba_cpu, scan_numba_cpu
+    from fasttower_kernels.topk import keys_numba_cpu, numba_cpu, scan_numba_cpu
 except ImportError:
     numba_cpu = None
 
@@ -174,13 +174,15 @@ def test_many_chunks_on_several_threads_keep_their_rows(monkeypatch):
 
 
 @needs_numba
-@pytest.mark.parametrize("budget", [50_000, 1_000_000, 3_000_000])
-def test_all_workers_together_keep_the_budget(monkeypatch, budget):
+@pytest.mark.parametrize(
+    ("budget", "k"), [(50_000, 1), (1_000_000, 1), (3_000_000, 1), (50_000, 500), (1_000_000, 500)]
+)
+def test_all_workers_together_keep_the_budget(monkeypatch, budget, k):
     shapes = []
     worker = numba_cpu._Worker
     monkeypatch.setattr(numba_cpu, "_Worker", lambda shape: shapes.append(shape) or worker(shape))
     torch.set_num_threads(4)
-    top_k(torch.ones(3000, 2), torch.ones(5000, 2), k=1, memory_budget_bytes=budget, backend="numba")
+    top_k(torch.ones(3000, 2), torch.ones(5000, 2), k=k, memory_budget_bytes=budget, backend="numba")
     assert budget // 2 < sum(shape.num_bytes for shape in shapes) <= budget
 
 
@@ -259,20 +261,26 @@ def test_the_scan_writes_nowhere_else(gathered):
     wholes, arrays = zip(
         guarded(rows * stride, np.float32, values.ravel()),
         guarded(2 * block, np.float32, 0),
+        guarded((rows, k + 3), np.uint64, 99),
+        guarded(rows, np.int64, 0),
+        guarded(rows, np.float32, -np.inf),
         guarded((rows, k), np.int32, -1),
         guarded((rows, k), np.float32, -np.inf),
         guarded(rows, np.int64, np.arange(rows) * 2),
         strict=True,
     )
-    tile, bias, items, scores, cursors = arrays
+    tile, bias, keys, counts, thresholds, items, scores, cursors = arrays
     first = 0 if gathered else 1000
     index = np.arange(width) * 3 + 1000 if gathered else np.empty(0, np.int64)
     item_of = index if gathered else np.arange(width) + first
     seen = item_of[[0, width - 1] * rows].astype(np.int32)  # the first and the last column of each row
     scan_numba_cpu.scan_tile(True, gathered)(
-        tile, stride, width, bias, first, index, cursors, np.arange(rows) * 2 + 2, seen, items, scores
-    )
-    scan_numba_cpu.sort_heaps()(items, scores)
+        tile, stride, width, bias, first, index, cursors, np.arange(rows) * 2 + 2, seen,
+        keys, counts, thresholds, k,
+    )  # fmt: skip
+    keys_numba_cpu.finish_rows()(keys, counts, k)
+    keys[:, :k].sort(axis=1)
+    keys_numba_cpu.unpack()(keys, items, scores)
 
     for whole in wholes:
         assert (whole[:guard] == 77).all()
@@ -287,6 +295,21 @@ def test_the_scan_writes_nowhere_else(gathered):
         assert scores[r, 0] == 0
     assert not np.signbit(scores[scores == 0]).any()
     np.testing.assert_array_equal(cursors, np.arange(rows) * 2 + 2)
+
+
+@needs_numba
+@pytest.mark.parametrize("k", [1, 2, 10, 97, 500])
+@pytest.mark.parametrize("order", ["ascending", "descending", "as it comes", "one value"])
+def test_any_order_of_scores_leaves_the_best_keys(k, order):
+    # Long enough to fill the keys again and again, whatever their number is.
+    scores = torch.randperm(9000, generator=torch.Generator().manual_seed(k)).float() - 4500
+    if order == "one value":
+        scores.zero_()
+    elif order != "as it comes":
+        scores = scores.sort(descending=order == "descending").values
+    users = torch.tensor([[1.0], [-1.0], [1e-30]])
+    result = top_k(users, scores[:, None], k=k, backend="numba", memory_budget_bytes=100_000)
+    assert_equal(result, oracle(users, scores[:, None], k))
 
 
 def test_few_candidates_are_gathered_while_their_index_fits():
