@@ -27,6 +27,7 @@ from fasttower.training.trainer import EpochRecord, Observer
 from fasttower.update import update_run
 from fasttower_kernels.known_positives import KnownPositives
 from fasttower_kernels.sampled_bce import LossSettings
+from fasttower_kernels.topk import Scoring
 
 
 @dataclass(frozen=True, repr=False)
@@ -78,6 +79,7 @@ class Run:
         deny: Any = None,  # noqa: ANN401
         allow: Any = None,  # noqa: ANN401
         unknown: Unknown = "raise",
+        scoring: Scoring = "float32",
         memory_budget_bytes: int | None = None,
     ) -> pl.DataFrame:
         """The K items with the highest scores for each user.
@@ -89,6 +91,8 @@ class Run:
             deny: ids of items that nobody is to get; ids that the run does not know change nothing.
             allow: ids of the only items that may be given, likewise.
             unknown: what to do about users whom the run does not know: "raise", or "skip" them.
+            scoring: precision of the matmul; "tf32" (CUDA alone) and "bfloat16" give the results of "float32"
+                up to its rounding, for their best are scored again in float32 and proved to be the best.
             memory_budget_bytes: bound on what scoring allocates beside tables and result; by default a part
                 of what is free.
 
@@ -97,7 +101,8 @@ class Run:
             in the order given, best first.
 
         Raises:
-            FastTowerError: unknown users, ids of another type than the run's, or nothing allowed.
+            FastTowerError: unknown users, ids of another type than the run's, nothing allowed, or a scoring
+                that the run's device does not have.
         """
         return pl.concat(
             self.recommend_in_blocks(
@@ -107,6 +112,7 @@ class Run:
                 deny=deny,
                 allow=allow,
                 unknown=unknown,
+                scoring=scoring,
                 memory_budget_bytes=memory_budget_bytes,
             )
         )
@@ -120,6 +126,7 @@ class Run:
         deny: Any = None,  # noqa: ANN401
         allow: Any = None,  # noqa: ANN401
         unknown: Unknown = "raise",
+        scoring: Scoring = "float32",
         memory_budget_bytes: int | None = None,
     ) -> Iterator[pl.DataFrame]:
         """`recommend` in frames of some users each, for results that do not fit into memory."""
@@ -134,6 +141,7 @@ class Run:
             seen=self.known_positives if filter_seen else None,
             seen_users=index,
             candidates=self._candidates(deny, allow),
+            scoring=scoring,
             memory_budget_bytes=memory_budget_bytes,
         )
 
@@ -146,6 +154,7 @@ class Run:
         deny: Any = None,  # noqa: ANN401
         allow: Any = None,  # noqa: ANN401
         unknown: Unknown = "raise",
+        scoring: Scoring = "float32",
         memory_budget_bytes: int | None = None,
     ) -> pl.DataFrame:
         """Recommend to users who were not there at training, from what they touched.
@@ -164,6 +173,7 @@ class Run:
             unknown: what to do about items that the run does not know: "raise", or "skip" their rows. A user
                 who is left with none gets what suits everybody, the items of the largest biases; and nothing
                 where the model has no bias.
+            scoring: as in `recommend`.
             memory_budget_bytes: as in `recommend`.
 
         Returns:
@@ -206,6 +216,7 @@ class Run:
                 seen=seen if filter_seen else None,
                 seen_users=users,
                 candidates=self._candidates(deny, allow),
+                scoring=scoring,
                 memory_budget_bytes=memory_budget_bytes,
             )
         )

@@ -90,6 +90,20 @@ def test_users_come_from_files(ask, saved, tmp_path, name, content):
     ]
 
 
+@pytest.mark.parametrize("users", ["everybody", "new"])
+def test_scoring_is_handed_on(ask, saved, ratings, tmp_path, users):
+    ratings.write_csv(tmp_path / "new.csv")
+    flags = () if users == "everybody" else ("--new", tmp_path / "new.csv")
+    out = tmp_path / "out.parquet"
+    assert (
+        ask("recommend", saved, *flags, "--scoring", "bfloat16", "--device", "cpu", "--output", out)[0] == 0
+    )
+    assert len(pl.read_parquet(out))
+    code, _, err = ask("recommend", saved, *flags, "--scoring", "tf32", "--device", "cpu")
+    assert code == 2
+    assert "scoring is tf32, which runs on cuda" in err
+
+
 def test_filters_come_from_files(ask, saved, run, tmp_path):
     best = run.recommend(["001"], k=3)["item_id"]
     (tmp_path / "deny.txt").write_text(best[0])

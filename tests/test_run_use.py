@@ -93,6 +93,15 @@ def test_k_beyond_what_is_left_gives_fewer_rows(run):
     assert everything["rank"].to_list() == list(range(1, len(run.items) + 1))
 
 
+def test_reduced_precision_recommends_the_same(run, ratings):
+    exact, reduced = (run.recommend(k=5, scoring=scoring) for scoring in ("float32", "bfloat16"))
+    assert reduced.drop("rating").equals(exact.drop("rating"))
+    np.testing.assert_allclose(reduced["rating"], exact["rating"], rtol=1e-5, atol=1e-6)
+    for call in (run.recommend, lambda **options: run.recommend_new(ratings, **options)):
+        with pytest.raises(FastTowerError, match="scoring is 'float16'; expected"):
+            call(scoring="float16")
+
+
 def test_denied_items_are_never_given_and_only_allowed_ones_are(run):
     best = run.recommend(["001"], k=3)["item_id"].to_list()
     denied = run.recommend(["001"], k=3, deny=[*best[:2], "not there"])["item_id"].to_list()

@@ -16,6 +16,7 @@ from fasttower.config import Device
 from fasttower.errors import FastTowerError
 from fasttower.retrieval.ids import Unknown, with_index
 from fasttower.run import Run, load_run
+from fasttower_kernels.topk import Scoring
 
 DESCRIPTION = (
     "Recommend to users of a run, or to new users from what they touched.\n\n"
@@ -52,6 +53,8 @@ class Flags:
     """A file of ids of the only items that may be given."""
     unknown: Unknown = "raise"
     """What to do about ids that the run does not know: fail, or skip them."""
+    scoring: Scoring = "float32"
+    """Precision of the matmul; tf32 and bfloat16 are for GPUs, and give the results of float32."""
     memory_budget: str | None = None
     """Bound on the memory that scoring takes beside the tables and the result, such as 500MB."""
     device: Device = "auto"
@@ -89,6 +92,7 @@ def run(arguments: Sequence[str]) -> int:
                     deny=deny,
                     allow=allow,
                     unknown=flags.unknown,
+                    scoring=flags.scoring,
                     memory_budget_bytes=budget,
                 )
             ]
@@ -101,6 +105,7 @@ def run(arguments: Sequence[str]) -> int:
             deny=deny,
             allow=allow,
             unknown=flags.unknown,
+            scoring=flags.scoring,
             memory_budget_bytes=budget,
         )
     if flags.output is None:

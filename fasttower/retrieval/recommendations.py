@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import polars as pl
@@ -12,8 +12,9 @@ from torch import Tensor
 from fasttower.config import Config
 from fasttower.errors import FastTowerError, whole_number
 from fasttower.model import TwoTower
+from fasttower.retrieval.ahead import one_ahead
 from fasttower_kernels.known_positives import KnownPositives
-from fasttower_kernels.topk import TopK, top_k
+from fasttower_kernels.topk import Scoring, TopK, top_k
 
 # What a block's frame holds stays small beside the tables, and a block large enough to keep every core busy.
 _BLOCK_SLOTS = 1 << 18
@@ -29,9 +30,12 @@ def recommend(
     seen: KnownPositives | None = None,
     seen_users: Tensor | None = None,
     candidates: Tensor | None = None,
+    scoring: Scoring = "float32",
     memory_budget_bytes: int | None = None,
 ) -> Iterator[pl.DataFrame]:
     """The K best items of each user, in frames of some users each, which can be written as they come.
+
+    On a GPU the next block of users is scored while the frame of this one is made and used.
 
     Args:
         user_vectors: (R, D), float32.
@@ -42,32 +46,47 @@ def recommend(
         seen: items to leave out; None leaves nothing out.
         seen_users: (R,), integer: the row of `seen` for each user; needed with it.
         candidates: (I,), bool: the only items that may be given; None for all.
-        memory_budget_bytes: see `fasttower_kernels.topk.top_k`.
+        scoring: see `fasttower_kernels.topk.top_k`.
+        memory_budget_bytes: likewise.
 
     Yields:
         user_id, item_id, rating (Float32, the score), rank (Int32, from 1) and, if known, title; in the order
         of the users and then of rank. A user with fewer than K items left has fewer rows.
 
     Raises:
-        FastTowerError: k below 1, or a budget that cannot be kept.
+        FastTowerError: k below 1, a budget that cannot be kept, or a scoring that the device does not have.
     """
     k = min(whole_number("k", k), max(1, len(items)))
     if memory_budget_bytes is not None:
         memory_budget_bytes = whole_number("memory_budget_bytes", memory_budget_bytes)
     block = max(1, _BLOCK_SLOTS // k)
-    for begin in range(0, max(1, len(user_vectors)), block):
-        rows = slice(begin, begin + block)
-        topk = top_k(
-            user_vectors[rows],
-            model.infer_items(),
-            k=k,
-            item_bias=model.item_bias,
-            seen=seen,
-            seen_users=None if seen is None or seen_users is None else seen_users[rows],
-            candidates=candidates,
-            memory_budget_bytes=memory_budget_bytes,
-        )
+    blocks = [slice(begin, begin + block) for begin in range(0, max(1, len(user_vectors)), block)]
+    item_vectors, device = model.infer_items(), user_vectors.device
+    # The stream and the device are the caller's, also in a thread, which would have others.
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+    def search(rows: slice) -> TopK:
+        with torch.cuda.stream(stream):
+            topk = top_k(
+                user_vectors[rows],
+                item_vectors,
+                k=k,
+                item_bias=model.item_bias,
+                seen=seen,
+                seen_users=None if seen is None or seen_users is None else seen_users[rows],
+                candidates=candidates,
+                scoring=scoring,
+                memory_budget_bytes=memory_budget_bytes,
+            )
+            return TopK(topk.items.cpu(), topk.scores.cpu())
+
+    for rows, topk in zip(blocks, _mapping(device)(search, blocks), strict=True):
         yield recommendation_frame(user_ids[rows], topk, items)
+
+
+def _mapping(device: torch.device) -> Callable[[Callable[[slice], TopK], Iterable[slice]], Iterable[TopK]]:
+    """How a search is applied to blocks: on a CPU one after another, for the cores are busy as it is."""
+    return one_ahead if device.type == "cuda" else map
 
 
 def recommend_to_all(

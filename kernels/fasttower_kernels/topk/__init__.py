@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,10 +12,12 @@ from torch import Tensor
 from fasttower_kernels.backends import Backend, choose_backend
 from fasttower_kernels.errors import FastTowerError
 from fasttower_kernels.known_positives import KnownPositives
+from fasttower_kernels.topk.certified import top_k_certified
+from fasttower_kernels.topk.precision import Scoring, check_scoring
 from fasttower_kernels.topk.reference import TopK, top_k_torch
 from fasttower_kernels.topk.tiles import Catalogue
 
-__all__ = ["TopK", "top_k"]
+__all__ = ["Scoring", "TopK", "top_k"]
 
 _CPU_BUDGET_BYTES = 256 << 20
 
@@ -28,6 +32,7 @@ def top_k(
     seen: KnownPositives | None = None,
     seen_users: Tensor | None = None,
     candidates: Tensor | None = None,
+    scoring: Scoring = "float32",
     memory_budget_bytes: int | None = None,
     backend: Backend = "auto",
 ) -> TopK:
@@ -56,11 +61,16 @@ def top_k(
             `seen` and not read without.
         candidates: (I,), bool: the only items that may be given; None for all. Where they are few, only
             they are scored.
+        scoring: precision of the matmul. With "tf32" (CUDA) and "bfloat16" (CUDA, CPU) more than K items a
+            user are scored again in float32, and a user for whom a bound of the error leaves it open whether
+            these hold the K best is scored in float32 throughout: the result is that of "float32" up to
+            float32's own rounding, always. It is for GPUs and a K that is small beside the catalogue; on a
+            CPU it is the slower way, and runs in backend torch.
         memory_budget_bytes: bound on what is allocated beyond the arguments and the result, in bytes; None
-            for a quarter of what is free on a GPU and 256 MiB elsewhere, of which backend numba takes 2 MiB
-            a thread and no more unless candidates are gathered. Below some 100 kB (numba: 16 users and 256
-            items at a time) it is the least that is possible. What the matmul library keeps for itself is
-            not in it.
+            for a quarter of what is free on a GPU and 256 MiB elsewhere, of which backend numba takes 4 MiB
+            a thread and no more unless candidates are gathered. Below some 100 kB (numba: 4 users and 256
+            items at a time, and 64 bytes for each of K; in reduced precision 3 kB a dimension more) it is
+            the least that is possible. What the matmul library keeps for itself is not in it.
         backend: numba on a CPU, torch everywhere; there is none in Triton.
 
     Returns:
@@ -77,12 +87,15 @@ def top_k(
     if candidates is not None:
         _check_candidates(candidates, item_vectors)
     device = user_vectors.device
+    check_scoring(scoring, device)
+    name = _choose_backend(backend, device, scoring)
     budget = _default_budget(device) if memory_budget_bytes is None else memory_budget_bytes
     catalogue = Catalogue.of(item_vectors, item_bias, candidates, budget)
-    if _choose_backend(backend, device) == "numba":
+    run: Callable[..., TopK] = top_k_torch
+    if name == "numba":
         from fasttower_kernels.topk.numba_cpu import top_k_numba as run  # noqa: PLC0415 - numba is optional
-    else:
-        run = top_k_torch
+    elif scoring != "float32":
+        run = partial(top_k_certified, scoring=scoring)
     return run(
         user_vectors,
         catalogue,
@@ -93,10 +106,16 @@ def top_k(
     )
 
 
-def _choose_backend(backend: Backend, device: torch.device) -> str:
+def _choose_backend(backend: Backend, device: torch.device, scoring: Scoring) -> str:
     if backend == "triton":
         raise FastTowerError("backend is triton, in which there is no top-K; choose auto, torch or numba.")
     name, _ = choose_backend(backend, device)
+    if scoring != "float32":
+        if backend == "numba":
+            raise FastTowerError(
+                f"scoring is {scoring}, and backend numba has float32 alone; choose backend auto or torch."
+            )
+        return "torch"
     return "torch" if name == "triton" else name
 
 

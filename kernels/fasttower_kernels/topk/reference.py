@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fasttower_kernels.known_positives import KnownPositives
+from fasttower_kernels.topk.precision import multiply
 from fasttower_kernels.topk.tiles import Catalogue, Tile
 
 # One score of a tile is 4 bytes; mending a tied row needs a copy, a running count and three masks beside it.
@@ -16,7 +17,7 @@ _BYTES_PER_SCORE = 16
 # The bias of an item and its mask; a gathered vector comes on top.
 _BYTES_PER_COLUMN = 16
 # The K best of the tile and those so far, as scores and items, before and after they are sorted together.
-_BYTES_PER_BEST = 64
+BYTES_PER_BEST = 64
 # Leaving out one seen item takes its number, its row, its column, and which of those are in the tile.
 _BYTES_PER_SEEN = 48
 _MOST_COLUMNS = 1 << 16
@@ -56,54 +57,80 @@ def top_k_torch(
     The K best of a tile of items join the K best of the tiles before it.
     """
     found = TopK.empty(len(user_vectors), k, user_vectors.device)
-    rows, columns = _tile_shape(catalogue, k, budget_bytes)
+    rows, columns = tile_shape(catalogue, budget_bytes, per_row=BYTES_PER_BEST * k)
     buffer = torch.empty(min(rows, len(user_vectors)) * columns, device=user_vectors.device)
     for begin in range(0, len(user_vectors), rows):
         some = slice(begin, begin + rows)
         users = user_vectors[some]
+        hidden = None if seen is None or seen_users is None else SeenEntries.of(seen, seen_users[some])
         best = TopK(found.items[some], found.scores[some])
         for first in range(0, len(catalogue), columns):
             tile = catalogue.tile(first, first + columns)
             shape = len(users), len(tile.vectors)
-            scores = torch.mm(users, tile.vectors.T, out=buffer[: math.prod(shape)].view(shape))  # [C, W]
+            scores = buffer[: math.prod(shape)].view(shape)  # [C, W]
+            multiply(users, tile.vectors.T, "float32", out=scores)
             if tile.bias is not None:
                 scores += tile.bias
-            if seen is not None and seen_users is not None:
-                most = max(_FEWEST_SEEN, scores.numel() * _BYTES_PER_SCORE // (2 * _BYTES_PER_SEEN))
-                _leave_out_seen(scores, tile, seen, seen_users[some], most)
-            _join(best, tile, *_best_of_tile(scores, min(k, scores.shape[1])))
+            if hidden is not None:
+                hidden.leave_out(scores, tile)
+            join(best, tile, *_best_of_tile(scores, min(k, scores.shape[1])))
     return found
 
 
-def _tile_shape(catalogue: Catalogue, k: int, budget_bytes: int) -> tuple[int, int]:
-    """Users and items of a tile; what one user and the items alone take is half the budget at most."""
+def tile_shape(
+    catalogue: Catalogue, budget_bytes: int, *, per_row: int, per_column: int = 0
+) -> tuple[int, int]:
+    """Users and items of a tile; what one user and the items alone take is half the budget at most.
+
+    Args:
+        catalogue: the items.
+        budget_bytes: for the tile and what goes with it.
+        per_row: bytes that a user takes beside the scores.
+        per_column: bytes that an item takes beside the scores, its bias and, where gathered, its vector.
+    """
     gathered = 0 if catalogue.index is None else 4 * catalogue.vectors.shape[1]
-    per_column = _BYTES_PER_COLUMN + gathered
+    per_column += _BYTES_PER_COLUMN + gathered
     fitting = budget_bytes // (2 * (_BYTES_PER_SCORE + per_column))
     columns = max(1, min(len(catalogue), _MOST_COLUMNS, max(_FEWEST_COLUMNS, fitting)))
-    rows = (budget_bytes - per_column * columns) // (_BYTES_PER_SCORE * columns + _BYTES_PER_BEST * k)
+    rows = (budget_bytes - per_column * columns) // (_BYTES_PER_SCORE * columns + per_row)
     return max(1, rows), columns
 
 
-def _leave_out_seen(scores: Tensor, tile: Tile, seen: KnownPositives, users: Tensor, most: int) -> None:
-    """Set the scores of each user's seen items to -inf; so many seen items at most are looked at together."""
-    begin = seen.indptr[users]  # [C]
-    degree = seen.indptr[users + 1] - begin
-    end = degree.cumsum(0)
-    shift = begin - end + degree  # from the number of an entry among those of all users to its place
-    total = int(end[-1])
-    width = len(tile.vectors)
-    for first in range(0, total, most):
-        entry = torch.arange(first, min(first + most, total), device=scores.device)
-        row = torch.searchsorted(end, entry, right=True)
-        item = seen.items[entry + shift[row]].long()
-        if tile.item_index is None:
-            column = item - tile.first
-            inside = (column >= 0) & (column < width)
-        else:
-            column = torch.searchsorted(tile.item_index, item).clamp_(max=width - 1)
-            inside = tile.item_index[column] == item
-        scores[row[inside], column[inside]] = -torch.inf
+class SeenEntries(NamedTuple):
+    """The seen items of some users, one user's after another's: entries 0 .. total - 1."""
+
+    items: Tensor
+    """(nnz,), int32: those of all users there are."""
+    end: Tensor
+    """(C,), int64: the entry after a user's last."""
+    shift: Tensor
+    """(C,), int64: from the number of a user's entry to its place in `items`."""
+    total: int
+
+    @staticmethod
+    def of(seen: KnownPositives, users: Tensor) -> SeenEntries:
+        """Of the rows (C,) of `seen`, once for all tiles: the total is a wait for the device."""
+        begin = seen.indptr[users]
+        degree = seen.indptr[users + 1] - begin
+        end = degree.cumsum(0)
+        return SeenEntries(seen.items, end, begin - end + degree, int(end[-1]))
+
+    def leave_out(self, scores: Tensor, tile: Tile) -> None:
+        """Set the scores (C, W) of each user's seen items to -inf."""
+        width = len(tile.vectors)
+        # As many together as fit into half of what the scores are allowed.
+        most = max(_FEWEST_SEEN, scores.numel() * _BYTES_PER_SCORE // (2 * _BYTES_PER_SEEN))
+        for first in range(0, self.total, most):
+            entry = torch.arange(first, min(first + most, self.total), device=scores.device)
+            row = torch.searchsorted(self.end, entry, right=True)
+            item = self.items[entry + self.shift[row]].long()
+            if tile.item_index is None:
+                column = item - tile.first
+                inside = (column >= 0) & (column < width)
+            else:
+                column = torch.searchsorted(tile.item_index, item).clamp_(max=width - 1)
+                inside = tile.item_index[column] == item
+            scores[row[inside], column[inside]] = -torch.inf
 
 
 def _best_of_tile(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -132,7 +159,7 @@ def _mend(scores: Tensor, kth: Tensor, k: int) -> Tensor:
     return chosen.nonzero()[:, 1].view(-1, k)
 
 
-def _join(best: TopK, tile: Tile, columns: Tensor, scores: Tensor) -> None:
+def join(best: TopK, tile: Tile, columns: Tensor, scores: Tensor) -> None:
     """Keep the K best of those so far, whose items are the smaller ones, and those of the tile."""
     items = tile.items(columns).masked_fill_(scores == -torch.inf, -1)
     joined, order = torch.cat([best.scores, scores], dim=1).sort(dim=1, descending=True, stable=True)

@@ -1,0 +1,114 @@
+"""Top-K on a GPU: every precision gives float32's result, and blocks are searched ahead of their frames."""
+
+import numpy as np
+import pytest
+import torch
+from topk_oracle import assert_equal, integers, oracle, random_seen
+
+from fasttower_kernels.topk import certified, top_k
+
+if not torch.cuda.is_available():
+    pytest.skip("no CUDA device: torch.cuda.is_available() is False", allow_module_level=True)
+
+DEVICE = torch.device("cuda")
+SCORINGS = ["float32", "tf32", "bfloat16"]
+
+
+@pytest.fixture
+def scored_twice(monkeypatch):
+    """How many users were scored in float32 throughout."""
+    counts = []
+
+    def spy(users, *rest, **options):
+        counts.append(len(users))
+        return reference(users, *rest, **options)
+
+    reference = certified.top_k_torch
+    monkeypatch.setattr(certified, "top_k_torch", spy)
+    return counts
+
+
+@pytest.fixture(params=[False, True], ids=["settings as they come", "tf32 allowed everywhere"])
+def _settings(request):
+    before = torch.get_float32_matmul_precision()
+    if request.param:
+        torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.usefixtures("_settings")
+@pytest.mark.parametrize("scoring", SCORINGS)
+@pytest.mark.parametrize("spread", [1, 1000])  # exact in every precision, and in float32 alone
+@pytest.mark.parametrize("budget", [None, 1_000_000])
+def test_exact_scores_give_the_oracles_bits(scoring, spread, budget):
+    generator = np.random.default_rng(spread)
+    users, items = (integers(generator, -spread, spread + 1, n, 8).to(DEVICE) for n in (211, 3001))
+    given = {
+        "item_bias": integers(generator, -spread, spread + 1, 3001).to(DEVICE),
+        "seen": random_seen(generator, 300, 3001, 0.05).to(DEVICE),
+        "seen_users": torch.from_numpy(generator.integers(0, 300, 211)).to(DEVICE),
+    }
+    for candidates in (None, torch.from_numpy(generator.random(3001) < 0.5).to(DEVICE)):
+        options = given | {"candidates": candidates}
+        result = top_k(users, items, k=10, scoring=scoring, memory_budget_bytes=budget, **options)
+        assert_equal(result, oracle(users, items, 10, **options))
+
+
+@pytest.mark.usefixtures("_settings")
+@pytest.mark.parametrize("scoring", SCORINGS)
+def test_scores_are_those_of_float32_and_nearly_everybody_is_proved(scoring, scored_twice):
+    generator = torch.Generator().manual_seed(0)
+    users, items = (torch.randn(n, 64, generator=generator).to(DEVICE) for n in (2000, 26_744))
+    result = top_k(users, items, k=10, scoring=scoring)
+    exact = users.double() @ items.double().T
+    torch.testing.assert_close(result.scores.double(), exact.topk(10).values, rtol=1e-5, atol=1e-5)
+    assert sum(scored_twice) <= 20
+
+
+@pytest.mark.parametrize("scoring", ["tf32", "bfloat16"])
+@pytest.mark.parametrize("dim", [1, 7, 64, 1000])
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_bound_holds(scoring, dim, bias):
+    # Positive values only: their sums grow, and lose most to sums that are cut off.
+    generator = torch.Generator().manual_seed(dim)
+    users, items = (torch.rand(n, dim, generator=generator).to(DEVICE) for n in (100, 5000))
+    biases = torch.randn(5000, generator=generator).to(DEVICE) if bias else None
+    catalogue = certified.Catalogue.of(items, biases, None, 1 << 30)
+    found, outside = certified._keep(users, catalogue, 50, None, 5000, scoring)
+    scores = users.double() @ items.double().T + (0 if biases is None else biases.double())
+    left = scores.scatter(1, found.long(), -torch.inf).amax(1)
+    assert (outside >= left).all()
+
+
+@pytest.mark.parametrize("scoring", SCORINGS)
+def test_recommendations_one_block_ahead_are_those_of_the_cpu(monkeypatch, scoring):
+    pl = pytest.importorskip("polars")
+    from fasttower.model import TwoTower
+    from fasttower.retrieval import recommend, recommendations
+
+    monkeypatch.setattr(recommendations, "_BLOCK_SLOTS", 500)
+    model = TwoTower(1007, 900, 4)
+    generator = np.random.default_rng(0)
+    with torch.no_grad():
+        for table in (model.user_tower.vectors, model.item_tower.vectors, model.item_bias):
+            table.copy_(integers(generator, -9, 10, *table.shape))
+    seen = random_seen(generator, 1007, 900, 0.05)
+    ids, items = pl.Series("user_id", range(1007)), pl.DataFrame({"item_id": range(900)})
+    items = items.with_columns(item_index=pl.int_range(900, dtype=pl.Int32))
+
+    def frame(device):
+        model.to(device)
+        rows = torch.arange(1007, device=device)
+        return pl.concat(
+            recommend(
+                model.infer_users(), ids, model, items, k=10, seen=seen.to(device), seen_users=rows,
+                scoring=scoring if device == "cuda" else "float32",
+            )
+        )  # fmt: skip
+
+    right = frame("cpu")
+    assert frame("cuda").equals(right)
+    # What the caller's own stream is still writing is waited for.
+    with torch.cuda.stream(torch.cuda.Stream()):
+        assert frame("cuda").equals(right)
