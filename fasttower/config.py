@@ -50,7 +50,8 @@ class DataConfig:
     split: Split = "time"
     """How test and validation rows are chosen: the end of the time line, at random, or each user's last."""
     test_fraction: float = 0.2
-    """Share of the interactions that becomes the test part (time and random splits)."""
+    """Share of the interactions that becomes the test part (time and random splits); 0 for none, whatever the
+    split: all rows are trained on, and no metrics are reported."""
     test_min_rating: float | None = None
     """Keep test and validation interactions rated at least this."""
     valid_fraction: float = 0.1
@@ -68,7 +69,7 @@ class DataConfig:
         for name in ("min_rating", "test_min_rating"):
             value = getattr(self, name)
             _check(self, name, value is None or math.isfinite(value), "a finite number")
-        _check(self, "test_fraction", 0 < self.test_fraction < 1, "a number between 0 and 1, both excluded")
+        _check(self, "test_fraction", 0 <= self.test_fraction < 1, "a number from 0 to below 1")
         _check(self, "valid_fraction", 0 <= self.valid_fraction < 1, "a number from 0 to below 1")
 
 
@@ -210,6 +211,8 @@ class Config(TrainingConfig, DataConfig, metaclass=_FromPreset):
         _check(
             self, "seeds", 1 <= self.seeds <= 2**63 - self.seed, "1 or more, and the last seed below 2**63"
         )
+        if self.test_fraction == 0 and not self.test_data:
+            _check(self, "seeds", self.seeds == 1, "1 without a test part (--test-fraction 0) to report on")
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], base: Config | None = None) -> Config:

@@ -40,9 +40,11 @@ def run(arguments: Sequence[str]) -> int:
         f"trained for {metrics['best_epoch']} epochs with L2 {metrics['l2']:g} on {trained.device}, "
         f"backend {trained.backend}"
     )
-    if "test" in metrics:
+    if metrics.get("test"):
         table = metrics_frame(metrics["test"], metrics["popularity"])
         show_frame(table, f"test part: {metrics['test_users']:,} users")
+    elif "test" in metrics:
+        say("no test part; fasttower evaluate takes a later file")
     for number, update in enumerate(metrics.get("updates", ()), start=1):
         say(
             f"update {number}: {update['rows']:,} rows, {update['new_users']:,} new users, "
