@@ -215,6 +215,7 @@ def _check_memory(data: TrainingData, config: Config, device: torch.device, back
             width=padded(config.embedding_dim),
             num_rows=len(data.fit) + (0 if data.valid is None else len(data.train) + len(data.valid)),
             num_known=len(known.items),
+            table_dtype=config.table_dtype,
         ),
         device,
     )
