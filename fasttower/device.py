@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 
 from fasttower.errors import FastTowerError
+from fasttower_kernels.backends import choose_backend
 
 
 def choose_device(requested: str, *, strict: bool = False) -> tuple[torch.device, str | None]:
@@ -43,14 +44,31 @@ def _why_not(name: str) -> str:
     return f"torch {torch.__version__} (CUDA {torch.version.cuda}) finds no usable GPU"
 
 
+def fallback_note(device: str, backend: str, why: str) -> str | None:
+    """A line for the user where `choose_backend` took plain torch for want of a fused backend.
+
+    Args:
+        device: where it runs.
+        backend: of `choose_backend`.
+        why: likewise.
+    """
+    if backend != "torch" or why == choose_backend("torch", torch.device(device))[1]:
+        return None
+    return f"training on {device} in plain torch, which is slow: {why}."
+
+
 def cpu_cores() -> int:
     """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextlib.contextmanager
-def memory_of(device: torch.device) -> Iterator[None]:
+def memory_of(device: torch.device, advice: str) -> Iterator[None]:
     """Say what to do where a GPU's memory runs out inside the block.
+
+    Args:
+        device: where it computes.
+        advice: what makes it need less, as the end of "choose ...".
 
     Raises:
         FastTowerError: it did.
@@ -60,8 +78,8 @@ def memory_of(device: torch.device) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         asked = ". ".join(str(error).split(". ")[:2])  # what happened, and how much was asked for
         raise FastTowerError(
-            f"{device} ran out of memory ({asked}); choose a smaller --batch-size or --embedding-dim, free "
-            f"what others hold there, or use --device cpu."
+            f"{device} ran out of memory ({asked}); choose {advice}, free what others hold there, or use "
+            f"--device cpu."
         ) from error
 
 

@@ -16,7 +16,8 @@ import polars as pl
 import torch
 
 from fasttower.errors import FastTowerError
-from fasttower.run_directory import all_or_nothing, reserved, run_path, write_json
+from fasttower.new_directory import all_or_nothing, reserved
+from fasttower.run_directory import run_path, write_json
 from fasttower_kernels.topk import top_k
 
 if TYPE_CHECKING:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,7 +15,7 @@ import torch
 from fasttower.config import Config
 from fasttower.data.catalog import Progress
 from fasttower.data.preparation import PreparedData, prepare
-from fasttower.device import check_repeatable, choose_device, cpu_threads, memory_of
+from fasttower.device import check_repeatable, choose_device, cpu_threads, fallback_note, memory_of
 from fasttower.errors import FastTowerError
 from fasttower.evaluation.popularity import most_popular
 from fasttower.evaluation.replay_report import replay_metrics
@@ -35,9 +36,15 @@ if TYPE_CHECKING:
 
     Source: TypeAlias = str | Path | pl.DataFrame | pl.LazyFrame | pd.DataFrame | pa.Table
 
+_LESS_MEMORY = "a smaller --batch-size or --embedding-dim"
+
 
 class FitObserver(Observer):
-    """What `fit` tells besides the trainer's progress; silent as it is, every method may be overridden."""
+    """What `fit` tells besides the trainer's progress; every method may be overridden.
+
+    As it is, it is silent but for a device or a backend that stands in for a better one: that is a warning of
+    Python's.
+    """
 
     def download_progress(self) -> Progress | None:
         """What a download reports to; None for nothing."""
@@ -45,12 +52,15 @@ class FitObserver(Observer):
 
     def on_warning(self, line: str) -> None:
         """Called with a line that the user should see."""
+        warnings.warn(line, stacklevel=4)  # where fit was called
 
     def on_prepared(self, prepared: PreparedData, config: Config) -> None:
         """Called when the data are ready."""
 
     def on_training(self, device: str, backend: str, why: str, threads: int) -> None:
         """Called before training with what it will use."""
+        if line := fallback_note(device, backend, why):
+            warnings.warn(line, stacklevel=3)  # where fit was called
 
     def on_seed(self, seed: int) -> None:
         """Called before each seed's training where there are several."""
@@ -69,7 +79,7 @@ def fit(
         data: the name of a data set, a path, or a Polars, pandas or Arrow frame with one row an interaction;
             None takes ``config.data``.
         config: every setting; the default preset if not given.
-        observer: progress and the stop signal; silent if not given.
+        observer: progress and the stop signal; if not given, silent but for warnings.
 
     Returns:
         The run. `Run.save` writes it to a directory.
@@ -89,7 +99,7 @@ def fit(
     clock = _Clock()
 
     device, backend, why = _choose_where(config, observer)
-    with cpu_threads(config.threads) as threads, memory_of(device):
+    with cpu_threads(config.threads) as threads, memory_of(device, _LESS_MEMORY):
         source = config.data if data is None or isinstance(data, str | Path) else data
         prepared = prepare(source, config, config.seed, observer.download_progress())
         training_data = to_training_data(prepared)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,15 @@ from torch import Tensor
 
 from fasttower.config import Config
 from fasttower.data.later_rows import positives, read_later_rows
-from fasttower.device import choose_device
+from fasttower.device import choose_device, memory_of
 from fasttower.errors import FastTowerError
 from fasttower.evaluation.later_test import Evaluation, evaluate_run
 from fasttower.export import Format, export_run
 from fasttower.model import TwoTower
+from fasttower.new_directory import reserved
 from fasttower.retrieval import find_ids, nearest, recommend, with_index
-from fasttower.retrieval.ids import Unknown, check_known
-from fasttower.run_directory import read_run, reserved, run_path, write_run
+from fasttower.retrieval.ids import Unknown, check_choice, check_known
+from fasttower.run_directory import read_run, run_path, write_run
 from fasttower.training.fold_in import fold_in
 from fasttower.training.trainer import EpochRecord, Observer
 from fasttower.update import update_run
@@ -130,19 +132,24 @@ class Run:
         memory_budget_bytes: int | None = None,
     ) -> Iterator[pl.DataFrame]:
         """`recommend` in frames of some users each, for results that do not fit into memory."""
+        check_choice(unknown)
         wanted = self.users if users is None else find_ids(users, self.users, unknown)
         index = self._index(wanted["user_index"])
-        return recommend(
-            self.model.infer_users() if users is None else self.model.infer_users(index),
-            wanted["user_id"],
-            self.model,
-            self.items,
-            k=k,
-            seen=self.known_positives if filter_seen else None,
-            seen_users=index,
-            candidates=self._candidates(deny, allow),
-            scoring=scoring,
-            memory_budget_bytes=memory_budget_bytes,
+        with self._memory():
+            vectors = self.model.infer_users() if users is None else self.model.infer_users(index)
+        return self._watched(
+            recommend(
+                vectors,
+                wanted["user_id"],
+                self.model,
+                self.items,
+                k=k,
+                seen=self.known_positives if filter_seen else None,
+                seen_users=index,
+                candidates=self._candidates(deny, allow),
+                scoring=scoring,
+                memory_budget_bytes=memory_budget_bytes,
+            )
         )
 
     def recommend_new(
@@ -182,7 +189,34 @@ class Run:
         Raises:
             FastTowerError: interactions that cannot be read, unknown items, or nothing allowed.
         """
-        rows = read_later_rows(interactions, self.config, rated=self.config.min_rating is not None)
+        return pl.concat(
+            self.recommend_new_in_blocks(
+                interactions,
+                k,
+                filter_seen=filter_seen,
+                deny=deny,
+                allow=allow,
+                unknown=unknown,
+                scoring=scoring,
+                memory_budget_bytes=memory_budget_bytes,
+            )
+        )
+
+    def recommend_new_in_blocks(
+        self,
+        interactions: Any,  # noqa: ANN401
+        k: int = 10,
+        *,
+        filter_seen: bool = True,
+        deny: Any = None,  # noqa: ANN401
+        allow: Any = None,  # noqa: ANN401
+        unknown: Unknown = "raise",
+        scoring: Scoring = "float32",
+        memory_budget_bytes: int | None = None,
+    ) -> Iterator[pl.DataFrame]:
+        """`recommend_new` in frames of some users each, for results that do not fit into memory."""
+        maps, rated = (self.users, self.items), self.config.min_rating is not None
+        rows = read_later_rows(interactions, self.config, rated=rated, like=maps)
         user_ids = rows["user_id"].unique(maintain_order=True)
         rows = _known(rows, self.items, unknown)
         numbered = user_ids.to_frame().with_row_index("user_index")
@@ -196,17 +230,18 @@ class Run:
             )
             for some in (positives(rows, self.config.min_rating), rows)
         )
-        vectors = fold_in(
-            touched,
-            self.model.infer_items(),
-            self.model.item_bias,
-            LossSettings(self.config.num_negatives, self.metrics["l2"], self.config.loss_scale),
-            exclude_known_positives=self.config.exclude_known_positives,
-        )
+        with self._memory():
+            vectors = fold_in(
+                touched,
+                self.model.infer_items(),
+                self.model.item_bias,
+                LossSettings(self.config.num_negatives, self.metrics["l2"], self.config.loss_scale),
+                exclude_known_positives=self.config.exclude_known_positives,
+            )
         users = torch.arange(len(user_ids), device=vectors.device)
         if self.model.item_bias is None:  # then nothing is known of who has touched nothing
             users = users[touched.degrees > 0]
-        return pl.concat(
+        return self._watched(
             recommend(
                 vectors[users],
                 user_ids.gather(users.cpu().numpy()),
@@ -235,10 +270,11 @@ class Run:
         Raises:
             FastTowerError: pairs that cannot be read, or unknown ids.
         """
-        rows = read_later_rows(pairs, self.config)
+        rows = read_later_rows(pairs, self.config, like=(self.users, self.items))
         for id_map in (self.users, self.items):
             rows = _known(rows, id_map, unknown)
-        logits = self.model.score(self._index(rows["user_index"]), self._index(rows["item_index"]))
+        with self._memory():
+            logits = self.model.score(self._index(rows["user_index"]), self._index(rows["item_index"]))
         return rows.select("user_id", "item_id", rating=pl.Series(logits.cpu().numpy()))
 
     def similar_items(self, items: Any, k: int = 10, *, unknown: Unknown = "raise") -> pl.DataFrame:  # noqa: ANN401
@@ -257,12 +293,14 @@ class Run:
             FastTowerError: unknown items, or ids of another type than the run's.
         """
         wanted = find_ids(items, self.items, unknown)
-        return nearest(self.model.infer_items(), wanted, self.items, k=k)
+        with self._memory():
+            return nearest(self.model.infer_items(), wanted, self.items, k=k)
 
     def similar_users(self, users: Any, k: int = 10, *, unknown: Unknown = "raise") -> pl.DataFrame:  # noqa: ANN401
         """The K users whose vectors have the largest cosine to each user's; see `similar_items`."""
         wanted = find_ids(users, self.users, unknown)
-        return nearest(self.model.infer_users(), wanted, self.users, k=k)
+        with self._memory():
+            return nearest(self.model.infer_users(), wanted, self.users, k=k)
 
     def evaluate(
         self,
@@ -288,7 +326,8 @@ class Run:
         Raises:
             FastTowerError: a test part that cannot be read or has no row the run knows, or an unknown metric.
         """
-        return evaluate_run(self, test, metrics, k, filter_seen=filter_seen)
+        with self._memory():
+            return evaluate_run(self, test, metrics, k, filter_seen=filter_seen)
 
     def user_vectors(self) -> pl.DataFrame:
         """user_id and vector (Array(Float32, D)), sorted by id."""
@@ -322,7 +361,9 @@ class Run:
             observer: progress and the stop signal.
 
         Returns:
-            A new run. It has no metrics of a test part: what is new may be what the old one was tested on.
+            A new run, with the device and backend that were used now; where a backend that the run asked for
+            cannot run here, with backend auto. It has no metrics of a test part: what is new may be what the
+            old one was tested on.
 
         Raises:
             FastTowerError: interactions that cannot be read, or ids of another type than the run's.
@@ -349,6 +390,16 @@ class Run:
             FastTowerError: the folder is not empty or cannot be written, or the library is not installed.
         """
         return export_run(self, to, format)
+
+    def _memory(self) -> AbstractContextManager[None]:
+        """Where the device's memory runs out inside the block, the error says what to do."""
+        device = self.known_positives.items.device
+        return memory_of(device, "a smaller memory budget or fewer users and items at a time")
+
+    def _watched(self, frames: Iterator[pl.DataFrame]) -> Iterator[pl.DataFrame]:
+        """The frames, made with an eye on the device's memory."""
+        with self._memory():
+            yield from frames
 
     def _index(self, index: pl.Series) -> Tensor:
         """A column of indices on the run's device: (n,), int64."""

@@ -1,14 +1,11 @@
-"""A run's directory: its files, written all or none, and read with a look at whether they belong together."""
+"""A run's directory: its files, and whether those that are read belong together."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +19,7 @@ from torch import Tensor
 from fasttower.config import Config
 from fasttower.errors import FastTowerError
 from fasttower.model import TwoTower
+from fasttower.new_directory import all_or_nothing
 from fasttower.training.trainer import EpochRecord
 from fasttower_kernels.known_positives import KnownPositives
 
@@ -153,51 +151,6 @@ def _is_rows(indptr: Tensor, items: Tensor, num_users: int, num_items: int) -> b
     rows = torch.repeat_interleave(degrees)
     keys = rows * num_items + items
     return bool((keys[1:] > keys[:-1]).all())
-
-
-@contextlib.contextmanager
-def reserved(path: Path) -> Iterator[None]:
-    """Make a run's directory before there is a run, and take it away again if the block fails.
-
-    Raises:
-        FastTowerError: there is a file, a directory that is not empty, or none can be made or written in.
-    """
-    try:
-        if path.is_dir() and any(path.iterdir()):
-            raise FastTowerError(f"the directory {path} is not empty; give another directory.")
-        made = not path.exists()
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
-        raise FastTowerError(
-            f"the directory {path} cannot be written: {error}; give another directory."
-        ) from error
-    try:
-        yield
-    except BaseException:
-        if made:
-            with contextlib.suppress(OSError):
-                path.rmdir()
-        raise
-
-
-@contextlib.contextmanager
-def all_or_nothing(run_dir: Path) -> Iterator[Path]:
-    """A folder to write files to; they come into the directory together, or not at all.
-
-    The folder is inside the directory: what is beside it may be another disk, or not ours to write to.
-
-    Raises:
-        FastTowerError: a file cannot be written.
-    """
-    try:
-        with tempfile.TemporaryDirectory(dir=run_dir, prefix=".unfinished-") as folder:
-            yield Path(folder)
-            for file in Path(folder).iterdir():
-                file.rename(run_dir / file.name)
-    except (OSError, SafetensorError, pl.exceptions.PolarsError) as error:
-        raise FastTowerError(f"{run_dir} cannot be written: {error}.") from error
 
 
 def _read_object(path: Path) -> dict[str, Any]:

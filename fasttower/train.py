@@ -38,7 +38,8 @@ class TrainFlags(Config):
     """The configuration, and what concerns this command alone."""
 
     run_dir: Path | None = None
-    """Where the run is written; runs/<data>-<time> if not given. A directory that is not empty is refused."""
+    """Where the run is written; runs/<data>-<time> if not given. A directory that is not empty, or in use, is
+    refused."""
     config: Path | None = None
     """A config.json to take defaults from, such as a run's; flags go before it, it goes before the preset."""
     quiet: bool = False
@@ -55,18 +56,23 @@ def run(arguments: Sequence[str]) -> int:
     if flags.version:
         sys.stdout.write(f"fasttower {__version__}\n")
         return 0
+    from fasttower.new_directory import reserved  # noqa: PLC0415
     from fasttower.pipeline import fit  # noqa: PLC0415 - after the flags are known to be good: it imports torch
     from fasttower.report import ConsoleObserver  # noqa: PLC0415
-    from fasttower.run_directory import reserved  # noqa: PLC0415
+    from fasttower.run_directory import write_run  # noqa: PLC0415
 
     config = Config(**{field.name: getattr(flags, field.name) for field in dataclasses.fields(Config)})
     name = re.sub(r"[^\w.-]+", "_", Path(config.data).resolve().stem)[:100]
     run_dir = flags.run_dir or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     observer = ConsoleObserver(quiet=flags.quiet, to_stderr=flags.json)
-    # A place where nothing can be written is found out before the training, not after it.
-    with reserved(run_dir), stop_on_ctrl_c(observer), observer:
+    # A place where nothing can be written, or another run will be, is found out before the training.
+    with (
+        reserved(run_dir, numbered=flags.run_dir is None) as run_dir,
+        stop_on_ctrl_c(observer),
+        observer,
+    ):
         finished = fit(config=config, observer=observer)
-        finished.save(run_dir)
+        write_run(finished, run_dir)
     observer.show_result(finished, run_dir)
     if flags.json:
         sys.stdout.write(json.dumps(finished.metrics, indent=2) + "\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,12 +12,14 @@ import polars as pl
 import torch
 from torch import Tensor
 
+from fasttower.config import Config
 from fasttower.data.later_rows import positives, read_later_rows
-from fasttower.device import cpu_cores, cpu_threads, memory_of
+from fasttower.device import cpu_cores, cpu_threads, fallback_note, memory_of
 from fasttower.errors import FastTowerError, whole_number
 from fasttower.retrieval import recommend_to_all, with_index
 from fasttower.training.extension import extended_model
 from fasttower.training.trainer import Observer, train
+from fasttower_kernels.backends import choose_backend
 from fasttower_kernels.known_positives import KnownPositives
 from fasttower_kernels.tables import Interactions
 
@@ -41,6 +44,7 @@ def update_run(run: Run, interactions: Any, *, epochs: int, observer: Observer) 
 
     known = run.known_positives
     device = known.items.device
+    config, backend = _with_backend(config, device)
     old_users, old_items = old_users.to(device), old_items.to(device)
     before = torch.repeat_interleave(old_users, known.degrees), old_items[known.items.long()]
     pairs = Interactions(
@@ -52,7 +56,7 @@ def update_run(run: Run, interactions: Any, *, epochs: int, observer: Observer) 
     known = KnownPositives.from_pairs(pairs.user_index, pairs.item_index, users.height, items.height)
     model = extended_model(run.model, old_users, old_items, pairs, users.height, items.height, config, l2)
     # The run may have been trained on a machine with more cores.
-    with memory_of(device), cpu_threads(config.threads and min(config.threads, cpu_cores())):
+    with memory_of(device, "fewer rows"), cpu_threads(config.threads and min(config.threads, cpu_cores())):
         history = train(model, pairs, known, config, l2=l2, epochs=epochs, phase="update", observer=observer)
         recommendations = recommend_to_all(model, known, users, items, config)
     metrics = {
@@ -65,19 +69,39 @@ def update_run(run: Run, interactions: Any, *, epochs: int, observer: Observer) 
              "new_items": items.height - run.items.height, "epochs": len(history)},
         ],
         "timing_s": {"total": time.perf_counter() - began},
-        "device": run.device,
-        "backend": run.backend,
+        "device": str(device),
+        "backend": backend,
     }  # fmt: skip
     return dataclasses.replace(
         run,
         model=model,
         users=users,
         items=items,
+        config=config,
+        device=str(device),
+        backend=backend,
         history=[*run.history, *history],
         recommendations=recommendations,
         metrics=metrics,
         known_positives=known,
     )
+
+
+def _with_backend(config: Config, device: torch.device) -> tuple[Config, str]:
+    """The configuration and the backend of an update, which may be on another device than the run was.
+
+    Warns where the backend that the run asked for cannot run there, and auto takes its place.
+    """
+    try:
+        backend, why = choose_backend(config.backend, device)
+        line = fallback_note(str(device), backend, why)
+    except FastTowerError as error:
+        backend, why = choose_backend("auto", device)
+        line = f"the run asked for backend {config.backend} ({error}); the update takes {backend}, {why}."
+        config = dataclasses.replace(config, backend="auto")
+    if line is not None:
+        warnings.warn(line, stacklevel=4)  # where Run.update was called
+    return config, backend
 
 
 def _extended(id_map: pl.DataFrame, rows: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame, Tensor]:

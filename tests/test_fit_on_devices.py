@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import warnings
 
 import polars as pl
 import pytest
@@ -63,3 +64,22 @@ def test_a_device_that_does_not_repeat_is_refused_before_the_data_are_read(monke
     monkeypatch.setattr(pipeline, "choose_device", lambda *_, **__: (torch.device("mps"), None))
     with pytest.raises(FastTowerError, match="--deterministic"):
         fasttower.fit("/no/such/file.csv", dataclasses.replace(CONFIG, deterministic=True))
+
+
+def test_a_device_that_is_not_there_is_a_warning_where_fit_was_called(ratings, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.warns(UserWarning, match="--device cuda was asked for, but .* going on on the CPU") as warned:
+        run = fasttower.fit(ratings, dataclasses.replace(CONFIG, device="cuda"))
+    assert run.device == "cpu"
+    assert [warning.filename for warning in warned] == [__file__]
+
+
+def test_plain_torch_for_want_of_numba_is_a_warning(ratings, monkeypatch):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fasttower.fit(ratings, CONFIG)  # torch was asked for
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.warns(UserWarning, match="plain torch, which is slow: no fused backend for cpu") as warned:
+        run = fasttower.fit(ratings, dataclasses.replace(CONFIG, backend="auto", device="cpu"))
+    assert run.backend == "torch"
+    assert [warning.filename for warning in warned] == [__file__]

@@ -5,12 +5,14 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import polars as pl
 import pytest
 from conftest import CONFIG
 
 import fasttower
 from fasttower.cli import COMMANDS, main
+from fasttower.commands import output
 
 HELPED = [name for name in COMMANDS if name != "train"]
 
@@ -60,6 +62,61 @@ def test_results_that_come_in_blocks_are_one_file(ask, saved, run, tmp_path, mon
     assert frame.select("user_id", "item_id", "rank").equals(
         run.recommendations.select("user_id", "item_id", "rank")
     )
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "json"])
+def test_new_users_come_in_blocks_too(ask, saved, run, ratings, tmp_path, monkeypatch, suffix):
+    ratings.select(user_id="item", item_id="user").write_csv(tmp_path / "new.csv")  # crosswise
+    expected = run.recommend_new(ratings, k=5)
+    monkeypatch.setattr("fasttower.retrieval.recommendations._BLOCK_SLOTS", 35)  # seven users
+    assert [frame["user_id"].n_unique() for frame in run.recommend_new_in_blocks(ratings, k=5)] == [7] * 5 + [
+        5
+    ]
+    flags = ("--new", tmp_path / "new.csv", "--user-column", "item_id", "--item-column", "user_id", "--k", 5)
+    code, out, err = ask("recommend", saved, *flags, "--output", tmp_path / f"out.{suffix}")
+    assert (code, err) == (0, "")
+    assert "200 recommendations" in out
+    read = pl.read_parquet if suffix == "parquet" else pl.read_json
+    frame = read(tmp_path / f"out.{suffix}")
+    assert frame.columns == expected.columns
+    assert frame.select("user_id", "item_id").equals(expected.select("user_id", "item_id"))
+    np.testing.assert_allclose(frame["rating"], expected["rating"], rtol=1e-5)
+
+
+def test_no_new_users_are_an_empty_file(ask, saved, run, tmp_path):
+    (tmp_path / "new.csv").write_text("user,item\n")
+    out = tmp_path / "out.parquet"
+    assert ask("recommend", saved, "--new", tmp_path / "new.csv", "--output", out)[0] == 0
+    assert pl.read_parquet(out).schema == run.recommend(["001"]).schema
+
+
+def test_an_array_of_pieces_has_no_gaps(tmp_path):
+    from fasttower.commands.output import write_frames
+
+    path, piece = tmp_path / "out.json", pl.DataFrame({"user_id": ["ü", "b"]})
+    assert write_frames(iter([piece.clear(), piece, piece.clear(), piece[1:]]), path) == 3
+    assert json.loads(path.read_text(encoding="utf-8")) == [{"user_id": user} for user in "übb"]
+    assert write_frames(iter([piece.clear()]), path) == 0
+    assert json.loads(path.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "total"), [((), 40), (("--users", "users.txt"), 2), (("--new", "new.csv"), 3)]
+)
+def test_the_bar_counts_who_is_recommended_to(ask, saved, tmp_path, monkeypatch, flags, total):
+    (tmp_path / "users.txt").write_text("030\n007\n030\n")
+    (tmp_path / "new.csv").write_text("user,item\na,item 2\nb,item 4\na,item 6\nc,item 2\n")
+    monkeypatch.chdir(tmp_path)
+    bars = []
+
+    class Bar(output.Progress):
+        def __exit__(self, *error):
+            bars.extend(self.tasks)
+            super().__exit__(*error)
+
+    monkeypatch.setattr(output, "Progress", Bar)
+    assert ask("recommend", saved, *flags, "--output", "out.csv")[0] == 0
+    assert [(bar.total, bar.completed) for bar in bars] == [(total, total)]
 
 
 def test_without_a_file_some_users_are_shown(ask, saved):
@@ -327,3 +384,17 @@ def test_a_file_that_cannot_be_finished_leaves_the_old_one(ask, saved, tmp_path,
     assert "No space left" in err
     assert (tmp_path / "out.csv").read_text() == "old"
     assert [file.name for file in tmp_path.iterdir()] == ["out.csv"]
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "csv", "jsonl", "json"])
+@pytest.mark.parametrize("error", [fasttower.FastTowerError, RuntimeError, KeyboardInterrupt, OSError])
+def test_what_goes_wrong_in_a_later_block_comes_out_as_itself(tmp_path, suffix, error):
+    from fasttower.commands.output import write_frames
+
+    def frames():
+        yield pl.DataFrame({"user_id": ["a"]})
+        raise error("CUDA error: an illegal memory access")
+
+    with pytest.raises(error, match=r"^CUDA error: an illegal memory access$"):
+        write_frames(frames(), tmp_path / f"out.{suffix}")
+    assert not list(tmp_path.iterdir())

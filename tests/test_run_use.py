@@ -1,6 +1,9 @@
 """What a finished run can be asked for: ids in, ids out."""
 
+import dataclasses
+import json
 import math
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -63,6 +66,9 @@ def test_some_users_get_their_rows_in_the_order_asked_for_each_once(run):
         pl.DataFrame({"other": ["001"], "user_id": ["007"]}),
         pd.Series(["007"]),
         pd.DataFrame({"user_id": ["007"]}),
+        pd.DataFrame({"other": ["001"], "userId": ["007"]}),
+        pl.LazyFrame({"whoever": ["007"]}),
+        pl.DataFrame({"user_id": ["007"]}).to_arrow(),
     ],
     ids=lambda users: type(users).__name__,
 )
@@ -78,9 +84,32 @@ def test_integers_of_any_width_are_ids(numbered):
 
 
 def test_nobody_is_asked_for(run, numbered):
-    for nobody in ([], np.array([]), set(), pl.Series([], dtype=pl.String)):
+    for nobody in ([], np.array([]), set(), pl.Series([], dtype=pl.String), pl.DataFrame({"user": []})):
         assert run.recommend(nobody).is_empty()
         assert numbered.recommend(nobody).is_empty()
+
+
+@pytest.mark.parametrize("source", ["frame", "typed", "file"])
+def test_nothing_in_nothing_out_in_the_right_types(run, numbered, ratings, tmp_path, source):
+    (tmp_path / "empty.csv").write_text("user,item,rating\n")
+    types = {"user": pl.Int64, "item": pl.String, "rating": pl.Float64}
+    empty = {
+        "frame": pl.DataFrame({"user": [], "item": [], "rating": []}),
+        "typed": pl.DataFrame(schema=types),
+        "file": tmp_path / "empty.csv",
+    }[source]
+    rated = fasttower.fit(ratings, Config(**{**vars(CONFIG), "min_rating": 3.0, "epochs": 1}))
+    for one in (run, numbered, rated):
+        some = pl.DataFrame({"user": one.users["user_id"][:2], "item": one.items["item_id"][:2]})
+        for ask in (one.score, one.recommend_new):
+            nothing = ask(empty)
+            assert nothing.is_empty()
+            assert nothing.schema == ask(some).schema
+        with pytest.raises(FastTowerError, match="no rows"):
+            one.evaluate(empty)
+        with pytest.raises(FastTowerError, match="no rows"):
+            one.update(empty)
+    assert run.similar_items([]).schema == run.similar_items(["item 1"]).schema
 
 
 def test_k_beyond_what_is_left_gives_fewer_rows(run):
@@ -148,6 +177,15 @@ def test_unknown_users_are_named_or_skipped(run):
         (lambda run: run.recommend([["001"]]), "user ids given are List"),
         (lambda run: run.recommend(["001", 1]), "user ids cannot be read"),
         (lambda run: run.recommend(["001"], unknown="ignore"), "expected 'raise' or 'skip'"),
+        (lambda run: run.recommend(unknown="ignore"), "expected 'raise' or 'skip'"),
+        (lambda run: run.similar_items(None), "the item ids are None; give one"),
+        (lambda run: run.similar_users(None), "the user ids are None; give one"),
+        (
+            lambda run: run.recommend(pl.LazyFrame({"a": ["1"], "b": ["2"]})),
+            "no column of user ids .* 'a', 'b'",
+        ),
+        (lambda run: run.recommend(["001"], deny=pl.LazyFrame({"item": [1]})), "item ids given are Int64"),
+        (lambda run: run.recommend(pd.DataFrame({"userId": [1]})), "user ids given are Int64"),
         (lambda run: run.recommend(["001"], k=0), "k is 0"),
         (lambda run: run.recommend(["001"], k=2.5), "k is 2.5; expected a whole number"),
         (lambda run: run.similar_items(["item 1"], k="3"), "k is '3'"),
@@ -417,6 +455,34 @@ def test_an_update_takes_in_new_rows_new_users_and_new_items(run, ratings):
     assert even.mean() >= 0.8
 
 
+def test_an_update_on_another_device_says_what_it_used(run, tmp_path):
+    new = pl.DataFrame({"user": ["001"], "item": ["item 2"]})
+    config = dataclasses.replace(run.config, backend="triton", device="cuda")
+    trained = dataclasses.replace(run, config=config, device="cuda", backend="triton")
+    with pytest.warns(UserWarning, match=r"asked for backend triton \(.*not cpu.*takes numba") as warned:
+        updated = trained.update(new, epochs=1)
+    assert [warning.filename for warning in warned] == [__file__]
+    updated.save(tmp_path / "run")
+    config, metrics = (
+        json.loads((tmp_path / "run" / f"{name}.json").read_text()) for name in ("config", "metrics")
+    )
+    assert (updated.device, config["device"], metrics["device"]) == ("cpu",) * 3
+    assert (updated.backend, config["backend"], metrics["backend"]) == ("numba",) * 3
+    assert config["backend_requested"] == "auto"
+    # The loaded run goes on as it is, and a backend that runs is kept without a word.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fasttower.load_run(tmp_path / "run").update(new, epochs=1)
+        assert run.update(new, epochs=1).backend == run.config.backend == "torch"
+
+
+def test_an_update_in_plain_torch_for_want_of_numba_is_a_warning(run, monkeypatch):
+    auto = dataclasses.replace(run, config=dataclasses.replace(run.config, backend="auto"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.warns(UserWarning, match="no fused backend for cpu"):
+        assert auto.update(pl.DataFrame({"user": ["001"], "item": ["item 2"]}), epochs=1).backend == "torch"
+
+
 def test_an_update_starts_at_the_vectors_of_the_run(run):
     from fasttower.training.extension import extended_model
     from fasttower_kernels.tables import Interactions
@@ -468,3 +534,24 @@ def test_titles_come_with_recommendations_and_neighbours(ml_100k):
 
 def test_a_run_says_what_it_is_in_one_line(run):
     assert repr(run).startswith("<Run on DataFrame: 40 users, 60 items, dimension 4; NDCG@5 0.")
+
+
+def test_a_gpu_whose_memory_runs_out_says_what_to_do(run, monkeypatch):
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has much more.")
+
+    pairs = pl.DataFrame({"user": ["001"], "item": ["item 1"]})
+    for place, ask in (
+        ("fasttower.retrieval.recommendations.top_k", lambda: run.recommend(["001"])),
+        ("fasttower.retrieval.recommendations.top_k", lambda: run.recommend_new(pairs)),
+        ("fasttower.run.fold_in", lambda: run.recommend_new(pairs)),
+        ("fasttower.retrieval.neighbours.top_k", lambda: run.similar_items(["item 1"])),
+        ("fasttower.retrieval.neighbours.top_k", lambda: run.similar_users(["001"])),
+        ("fasttower.model.TwoTower.score", lambda: run.score(pairs)),
+        ("fasttower.evaluation.later_test.most_popular", lambda: run.evaluate(pairs)),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(place, fail)
+            with pytest.raises(FastTowerError, match=r"Tried to allocate 2.*smaller memory budget") as error:
+                ask()
+        assert "\n" not in str(error.value)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import tomllib
+import warnings
 from pathlib import Path
 
 import polars as pl
@@ -14,6 +15,7 @@ import pytest
 import fasttower
 from fasttower import train
 from fasttower.cli import guarded, main
+from fasttower.new_directory import reserved
 
 ROOT = Path(__file__).parent.parent
 QUICK = [
@@ -152,6 +154,25 @@ def test_a_place_where_nothing_can_be_written_is_found_before_the_training(csv, 
     assert "choose" not in printed.out
 
 
+def test_a_directory_in_use_is_refused_before_the_training(csv, tmp_path, capsys):
+    with reserved(tmp_path / "run"):
+        assert command("--data", csv, "--run-dir", tmp_path / "run", *QUICK) == 2
+    printed = capsys.readouterr()
+    assert "is in use" in printed.err
+    assert "choose" not in printed.out
+
+
+def test_runs_of_one_second_get_directories_of_their_own(csv, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("time.strftime", lambda _: "20260101-120000")
+    for seed in (1, 2):
+        assert command("--data", csv, "--quiet", *QUICK, "--seed", seed) == 0
+    for name, seed in (("ratings-20260101-120000", 1), ("ratings-20260101-120000-2", 2)):
+        assert fasttower.load_run(tmp_path / "runs" / name).config.seed == seed
+    assert command("--data", csv, "--quiet", *QUICK, "--learning-rate", "1e30") == 3
+    assert len(list((tmp_path / "runs").iterdir())) == 2
+
+
 def test_a_reader_that_goes_away_costs_nothing(csv, tmp_path):
     arguments = " ".join([sys.executable, "-m", "fasttower.train", "--data", str(csv), *QUICK])
     done = subprocess.run(
@@ -187,8 +208,10 @@ def test_a_diverged_training_is_exit_code_3(csv, tmp_path, capsys):
 
 def test_cuda_that_is_not_there_warns_and_goes_on(csv, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert command("--data", csv, "--run-dir", tmp_path / "run", "--device", "cuda", *QUICK) == 0
-    assert "--device cuda" in capsys.readouterr().err
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it has a line of its own, once
+        assert command("--data", csv, "--run-dir", tmp_path / "run", "--device", "cuda", *QUICK) == 0
+    assert capsys.readouterr().err.count("--device cuda") == 1
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert (config["device_requested"], config["device"]) == ("cuda", "cpu")
 

@@ -18,13 +18,6 @@ from fasttower.errors import FastTowerError
 
 SHOWN_ROWS = 50
 
-_WRITERS: dict[str, Callable[[pl.LazyFrame, Path], object]] = {
-    ".parquet": lambda rows, path: rows.sink_parquet(path),
-    ".csv": lambda rows, path: rows.sink_csv(path),
-    ".jsonl": lambda rows, path: rows.sink_ndjson(path),
-    ".json": lambda rows, path: rows.collect().write_json(path),
-}
-
 
 def check_output(path: Path | None) -> None:
     """Raise where a result could not be written, before it is worked for.
@@ -48,28 +41,57 @@ def write_frames(frames: Iterator[pl.DataFrame], path: Path) -> int:
         path: as `check_output` found it good.
 
     Raises:
-        FastTowerError: the file cannot be written.
+        FastTowerError: the file cannot be written; and whatever the frames raise.
     """
     path = path.resolve()  # what a link points to is what is replaced
-    first = next(frames)
     count = 0
+    failure: BaseException | None = None
 
-    def all_frames(*_: object) -> Iterator[pl.DataFrame]:
-        nonlocal count
-        for frame in itertools.chain([first], frames):
-            count += len(frame)
-            yield frame
+    def watched() -> Iterator[pl.DataFrame]:
+        nonlocal count, failure
+        try:
+            for frame in frames:
+                count += len(frame)
+                yield frame
+        except BaseException as error:
+            failure = error  # Polars will make another one of it
+            raise
 
-    rows = register_io_source(all_frames, schema=first.schema)
     try:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".fasttower-") as folder:
             part = Path(folder) / path.name
-            _WRITERS[path.suffix.lower()](rows, part)
+            _WRITERS[path.suffix.lower()](watched(), part)
             part.replace(path)
     except (OSError, pl.exceptions.PolarsError) as error:
+        if failure is not None:
+            raise failure from None
         reason = str(error).strip().split("\n", maxsplit=1)[0]
         raise FastTowerError(f"--output {path} cannot be written: {reason}.") from error
     return count
+
+
+def _lazy(frames: Iterator[pl.DataFrame]) -> pl.LazyFrame:
+    """At least one frame, as a query that may be run once."""
+    first = next(frames)
+    return register_io_source(lambda *_: itertools.chain([first], frames), schema=first.schema)
+
+
+def _write_json(frames: Iterator[pl.DataFrame], path: Path) -> None:
+    """One array, of which each frame is a piece."""
+    with path.open("w", encoding="utf-8") as file:
+        file.write("[")
+        pieces = (frame.write_json()[1:-1] for frame in frames if not frame.is_empty())
+        for number, piece in enumerate(pieces):
+            file.write("," * (number > 0) + piece)
+        file.write("]")
+
+
+_WRITERS: dict[str, Callable[[Iterator[pl.DataFrame], Path], object]] = {
+    ".parquet": lambda frames, path: _lazy(frames).sink_parquet(path),
+    ".csv": lambda frames, path: _lazy(frames).sink_csv(path),
+    ".jsonl": lambda frames, path: _lazy(frames).sink_ndjson(path),
+    ".json": _write_json,
+}
 
 
 def metrics_frame(model: Mapping[str, float], popularity: Mapping[str, float]) -> pl.DataFrame:

@@ -13,6 +13,7 @@ from fasttower.cli import parse
 from fasttower.commands.inputs import bytes_from_text, ids_from_file, ids_from_words, with_columns
 from fasttower.commands.output import check_output, counted, say, show_frame, warn, write_frames
 from fasttower.config import Device
+from fasttower.data.later_rows import read_later_rows
 from fasttower.errors import FastTowerError
 from fasttower.retrieval.ids import Unknown, with_index
 from fasttower.run import Run, load_run
@@ -71,7 +72,6 @@ def run(arguments: Sequence[str]) -> int:
     if flags.new is not None and (flags.user or flags.users):
         raise FastTowerError("--new is given with --user or --users; give one of them.")
     trained = load_run(flags.run, flags.device)
-    trained = with_columns(trained, flags.user_column, flags.item_column, flags.rating_column)
     deny, allow = (_items(file, trained) for file in (flags.deny, flags.allow))
     users: pl.Series | None = None
     if flags.user or flags.users:
@@ -83,21 +83,22 @@ def run(arguments: Sequence[str]) -> int:
         users = trained.users["user_id"].head(_SHOWN_USERS)
 
     if flags.new is not None:
-        frames = iter(
-            [
-                trained.recommend_new(
-                    flags.new,
-                    flags.k,
-                    filter_seen=flags.filter_seen,
-                    deny=deny,
-                    allow=allow,
-                    unknown=flags.unknown,
-                    scoring=flags.scoring,
-                    memory_budget_bytes=budget,
-                )
-            ]
+        asked = with_columns(trained, flags.user_column, flags.item_column, flags.rating_column).config
+        maps = (trained.users, trained.items)
+        new = read_later_rows(flags.new, asked, rated=asked.min_rating is not None, like=maps)
+        count = new["user_id"].n_unique()
+        frames = with_columns(trained, "user_id", "item_id", "rating").recommend_new_in_blocks(
+            new,
+            flags.k,
+            filter_seen=flags.filter_seen,
+            deny=deny,
+            allow=allow,
+            unknown=flags.unknown,
+            scoring=flags.scoring,
+            memory_budget_bytes=budget,
         )
     else:
+        count = len(trained.users) if users is None else users.n_unique()
         frames = trained.recommend_in_blocks(
             users,
             flags.k,
@@ -113,7 +114,6 @@ def run(arguments: Sequence[str]) -> int:
         if users is not None and not (flags.user or flags.users):
             say(f"{len(trained.users):,} users; --output FILE writes all, --user and --users choose")
         return 0
-    count = len(trained.users) if users is None else len(users)
     rows = write_frames(counted(frames, count), flags.output)
     say(f"{rows:,} recommendations written to {flags.output}")
     return 0

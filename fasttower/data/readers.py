@@ -52,6 +52,7 @@ def read_interactions(
     *,
     roles: Sequence[str] = POSITIONAL,
     insist: bool = True,
+    empty: bool = False,
 ) -> Interactions:
     """Read a path (file, folder, zip, glob) or a Polars, pandas or Arrow frame.
 
@@ -60,6 +61,7 @@ def read_interactions(
         asked: the source's own columns for `user_id`, `item_id`, `rating`, `timestamp`; None finds them.
         roles: which of these to read; others are not looked at.
         insist: whether a column that was asked for must be there, or its usual names will do.
+        empty: whether there may be no rows; the columns' types are then the source's.
 
     Raises:
         FastTowerError: nothing there, not what the name says, columns not found, or a value that is missing
@@ -70,7 +72,9 @@ def read_interactions(
             columns = find_columns(
                 table.scan({}).collect_schema().names(), asked or {}, table.name, insist=insist
             )
-            frame = _read(table, {role: column for role, column in columns.items() if role in roles})
+            frame = _read(
+                table, {role: column for role, column in columns.items() if role in roles}, empty=empty
+            )
         except pl.exceptions.ComputeError as error:
             if "more fields" in str(error):
                 check_fields(table)
@@ -79,9 +83,11 @@ def read_interactions(
     return Interactions(frame, unit, table.name)
 
 
-def _read(table: Table, columns: Mapping[str, str]) -> pl.DataFrame:
+def _read(table: Table, columns: Mapping[str, str], *, empty: bool) -> pl.DataFrame:
     rows = _select(table.scan({}), columns)
     sample = rows.head(_SAMPLE_ROWS).collect()
+    if sample.is_empty() and empty:
+        return sample
     if sample.is_empty():
         raise FastTowerError(f"{table.name}: no rows; expected one for each interaction")
     frame = _read_quickly(table, columns, sample) if table.is_text else None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import polars as pl
 
+from fasttower.data.columns import find_id_column
+from fasttower.data.sources import open_table
 from fasttower.errors import FastTowerError
 
 Unknown = Literal["raise", "skip"]
@@ -18,8 +20,8 @@ def find_ids(ids: Any, id_map: pl.DataFrame, unknown: Unknown = "raise") -> pl.D
     """The rows of a map for some ids, in the order given, each once.
 
     Args:
-        ids: one id, or a list, set, array or series of them, or a frame with a column of the map's name; text
-            where the map has text, integers of any width where it has integers.
+        ids: one id, or a list, set, array or series of them, or a frame with a column of a usual name, or one
+            column alone; text where the map has text, integers of any width where it has integers.
         id_map: ``user_id, user_index`` or ``item_id, item_index``, and whatever else; a row an id.
         unknown: what to do about ids that the map does not have: "raise", or "skip" them.
 
@@ -73,8 +75,7 @@ def check_known(rows: pl.DataFrame, id_map: pl.DataFrame, unknown: Unknown) -> N
     Raises:
         FastTowerError: it has not.
     """
-    if unknown not in ("raise", "skip"):
-        raise FastTowerError(f"unknown is {unknown!r}; expected 'raise' or 'skip'.")
+    check_choice(unknown)
     column, index = id_map.columns[:2]
     missing = rows.filter(pl.col(index).is_null())[column].unique(maintain_order=True)
     if unknown == "raise" and len(missing):
@@ -87,12 +88,27 @@ def check_known(rows: pl.DataFrame, id_map: pl.DataFrame, unknown: Unknown) -> N
         )
 
 
+def check_choice(unknown: Unknown) -> None:
+    """Check what is to be done about unknown ids.
+
+    Raises:
+        FastTowerError: neither "raise" nor "skip".
+    """
+    if unknown not in get_args(Unknown):
+        raise FastTowerError(f"unknown is {unknown!r}; expected 'raise' or 'skip'.")
+
+
 def _as_series(ids: Any, like: pl.Series) -> pl.Series:  # noqa: ANN401
     """Ids of whatever shape as a series: text or integers, as the map has it."""
+    if ids is None:
+        raise FastTowerError(f"the {_plural(like.name)} are None; give one, or a list of them.")
     if isinstance(ids, np.ndarray | np.generic):
         ids = ids.tolist()
-    elif hasattr(ids, "columns") and like.name in ids.columns:
-        ids = ids[like.name]
+    elif isinstance(ids, pl.LazyFrame) or hasattr(ids, "columns"):
+        with open_table(ids) as table:
+            rows = table.scan({})
+            column = find_id_column(rows.collect_schema().names(), like.name, table.name)
+            ids = rows.select(column).collect().to_series()
     if isinstance(ids, str | int | float):
         ids = [ids]
     elif isinstance(ids, set | frozenset):
