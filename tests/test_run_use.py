@@ -457,7 +457,7 @@ def test_an_update_takes_in_new_rows_new_users_and_new_items(run, ratings):
 
 def test_an_update_on_another_device_says_what_it_used(run, tmp_path):
     new = pl.DataFrame({"user": ["001"], "item": ["item 2"]})
-    config = dataclasses.replace(run.config, backend="triton", device="cuda")
+    config = dataclasses.replace(run.config, backend="triton", device="cuda", table_dtype="bfloat16")
     trained = dataclasses.replace(run, config=config, device="cuda", backend="triton")
     with pytest.warns(UserWarning, match=r"asked for backend triton \(.*not cpu.*takes numba") as warned:
         updated = trained.update(new, epochs=1)
@@ -469,6 +469,7 @@ def test_an_update_on_another_device_says_what_it_used(run, tmp_path):
     assert (updated.device, config["device"], metrics["device"]) == ("cpu",) * 3
     assert (updated.backend, config["backend"], metrics["backend"]) == ("numba",) * 3
     assert config["backend_requested"] == "auto"
+    assert config["table_dtype"] == "float32"
     # The loaded run goes on as it is, and a backend that runs is kept without a word.
     with warnings.catch_warnings():
         warnings.simplefilter("error")
