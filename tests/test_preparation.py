@@ -401,6 +401,11 @@ class TestErrors:
             message = one_line_error(rows, DataConfig(split=split))
             assert "--split random" in message
             assert "--test-data" in message
+            # Nothing is cut: nothing to cut by.
+            assert len(prepare(rows, DataConfig(split=split, test_fraction=0, valid_fraction=0)).fit) == len(
+                rows
+            )
+            assert "--split random" in one_line_error(rows, DataConfig(split=split, test_fraction=0))
         assert prepare(rows, DataConfig(split="random")).timestamp_unit is None
 
     def test_filters_that_need_ratings(self):
