@@ -4,8 +4,9 @@
     python -m benchmarks.compiled_kernels --json   the same as JSON
 
 Registers, bytes of stack and local memory (spills), bytes of shared memory, and the number of instructions
-that load 16 bytes and that add to global memory, 4 floats or 1 float at a time. The kernels are those that
-training launches, compiled from the very arguments of the launches.
+that load 16 bytes, that load 8 bytes of several elements, and that add to global memory, 4 floats or 1 float
+at a time. The kernels are those that training launches, compiled from the very arguments of the launches;
+those of bfloat16 tables are named so.
 """
 
 from __future__ import annotations
@@ -44,7 +45,13 @@ TARGETS = {
 DIMS = (16, 64, 128)
 NUM_NEGATIVES = 10
 
-_TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.int32: "*i32", torch.int64: "*i64"}
+_TYPES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float64: "*fp64",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,7 @@ class Figures:
         local_bytes: stack and local memory of a thread: spills, and arrays that registers cannot hold.
         shared_bytes: shared memory of a program.
         loads_16_bytes: instructions that load 16 bytes.
+        loads_8_bytes: instructions that load 8 bytes of several elements (AMD: any 8 bytes).
         vector_adds: instructions that add 4 floats to global memory and return nothing.
         scalar_adds: instructions that add 1 float likewise.
     """
@@ -70,14 +78,30 @@ class Figures:
     local_bytes: int
     shared_bytes: int
     loads_16_bytes: int
+    loads_8_bytes: int
     vector_adds: int
     scalar_adds: int
 
 
 def launches(dim: int, lanes: int = 32) -> dict[str, Launch]:
-    """The launches of training at that dimension, on arrays that are small: only their types count."""
+    """The launches of training at that dimension, with tables of either dtype."""
+    rounded = launches_of(dim, lanes, torch.bfloat16)
+    del rounded["loss alone"]  # it reads the float32 tables
+    return launches_of(dim, lanes, torch.float32) | {
+        f"{name}, bfloat16": launch for name, launch in rounded.items()
+    }
+
+
+def launches_of(dim: int, lanes: int, table_dtype: torch.dtype) -> dict[str, Launch]:
+    """The launches on arrays that are small: only their types count."""
     width, users, items = padded(dim), 8, 40
     parameters = Tables(torch.zeros(users, width), torch.zeros(items, width), torch.zeros(items))
+    rounded = None
+    if table_dtype != torch.float32:
+        rounded = Tables(
+            parameters.users.to(table_dtype), parameters.items.to(table_dtype), parameters.item_bias
+        )
+    read = rounded or parameters
     index = torch.arange(users, dtype=torch.int32)
     known = KnownPositives.from_pairs(index, index, users, items)
     counters = torch.zeros(2, dtype=torch.int64)
@@ -86,7 +110,7 @@ def launches(dim: int, lanes: int = 32) -> dict[str, Launch]:
 
     def bce(known_positives: KnownPositives | None, output: Output = Output.GRADIENTS) -> Launch:
         return bce_launch(
-            parameters,
+            read,
             parameters if output is Output.GRADIENTS else None,
             Interactions(index, index),
             known_positives,
@@ -104,7 +128,7 @@ def launches(dim: int, lanes: int = 32) -> dict[str, Launch]:
     with_bitmap = bce(known)
     rates = torch.zeros(1, 2)
     state = TrainState(parameters, parameters, parameters, parameters)
-    lazy = lazy_launches(state, with_bitmap, rates, lanes=lanes)
+    lazy = lazy_launches(state, with_bitmap, rates, rounded=rounded, lanes=lanes)
     search = {"bitmap_ptr": None, "bitmap_words": 0}
     return {
         "step, exclusion by bitmap": with_bitmap,
@@ -119,8 +143,8 @@ def launches(dim: int, lanes: int = 32) -> dict[str, Launch]:
             terms=1,
             others=pairs.users,
             pairs_an_other=1 + NUM_NEGATIVES,
-            other_vectors=parameters.users,
-            own_vectors=parameters.items,
+            other_vectors=read.users,
+            own_vectors=read.items,
             gradients=parameters.items,
             bias_gradients=parameters.item_bias,
             own_scale=0.0,
@@ -132,10 +156,14 @@ def launches(dim: int, lanes: int = 32) -> dict[str, Launch]:
             parameters,
             rates=rates,
             counters=counters,
+            rounded=rounded,
+            lanes=lanes,
         ),
         "lazy adam, exclusion by bitmap": lazy.before,
         "lazy adam, exclusion by search": lazy.before.with_arguments(**search),
-        "lazy adam, plain negatives": lazy_launches(state, bce(None), rates, lanes=lanes).before,
+        "lazy adam, plain negatives": lazy_launches(
+            state, bce(None), rates, rounded=rounded, lanes=lanes
+        ).before,
         "lazy adam, all rows": lazy.at_the_end,
     }
 
@@ -181,6 +209,7 @@ def _read_nvidia(compiled: Any) -> dict[str, int]:
         "local_bytes": usage["STACK"] + usage["LOCAL"],
         "shared_bytes": compiled.metadata.shared,
         "loads_16_bytes": len(re.findall(r"ld\.global[\w.:]*\.v4\.b32", ptx)),
+        "loads_8_bytes": len(re.findall(r"ld\.global[\w.:]*\.v2\.b32", ptx)),
         # An atomic whose result goes nowhere becomes a reduction in the assembler.
         "vector_adds": len(re.findall(r"\b(?:red|atom)\.global[\w.]*add\.v4\.f32", ptx)),
         "scalar_adds": len(re.findall(r"\b(?:red|atom)\.global[\w.]*add\.f32", ptx)),
@@ -199,6 +228,7 @@ def _read_amd(compiled: Any) -> dict[str, int]:
         "local_bytes": first(r"\.private_segment_fixed_size:\s*(\d+)"),
         "shared_bytes": compiled.metadata.shared,
         "loads_16_bytes": len(re.findall(r"(?:global|buffer)_load_dwordx4", assembly)),
+        "loads_8_bytes": len(re.findall(r"(?:global|buffer)_load_dwordx2", assembly)),
         "vector_adds": 0,
         "scalar_adds": len(re.findall(r"(?:global|buffer|flat)_atomic_add_f32", assembly)),
     }
@@ -221,7 +251,18 @@ def compile_all(
 
 def table(figures: list[Figures]) -> str:
     """The figures as a Markdown table."""
-    head = ["kernel", "dim", "target", "registers", "local B", "shared B", "16 B loads", "adds x4", "adds x1"]
+    head = [
+        "kernel",
+        "dim",
+        "target",
+        "registers",
+        "local B",
+        "shared B",
+        "16 B loads",
+        "8 B loads",
+        "adds x4",
+        "adds x1",
+    ]
     rows = [head, ["---"] * len(head)] + [[str(v) for v in asdict(f).values()] for f in figures]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 

@@ -11,6 +11,8 @@ by its steps. Variants:
                       CUDA graphs
     fused, launched   the same without graphs
     fused, lazy       the same with graphs, Adam for the rows in use alone; all rows at the end of the steps
+    fused, bf16       fused with bfloat16 user and item vectors under float32 tables; at large shapes
+    lazy, bf16        the same of fused, lazy
     fused, plain      the same with graphs, negatives drawn from the whole catalogue
     eager             torch: permutation, randint, embedding, bmm, BCE with logits, fused dense Adam
     compiled          the same with the loss through torch.compile
@@ -20,7 +22,8 @@ Eager and compiled draw from the whole catalogue, have no L2, and so do less.
 `share` is a step's traffic over its time, over the bandwidth of a large copy (bytes read and written).
 Traffic counts what the step must read and write if nothing stayed in a cache: 12 bytes a float of each user
 and item vector (read, and read and written to add its gradient) and of each item's bias, 8 bytes a
-positive, a sector of 32 bytes a negative for the exclusion, and Adam's 32 bytes a parameter. Where the
+positive, a sector of 32 bytes a negative for the exclusion, and Adam's 32 bytes a parameter; with bfloat16
+vectors 10 bytes a float of a vector, and 34 a parameter. Where the
 tables fit in L2 it may pass 1. Lazy Adam has none: its traffic is that of the rows that batches share.
 
 Without a CUDA device it says so and exits with 2.
@@ -44,7 +47,7 @@ from torch import Tensor
 from fasttower_kernels.known_positives import KnownPositives
 from fasttower_kernels.sampled_bce import LossSettings
 from fasttower_kernels.tables import Interactions, Tables, padded
-from fasttower_kernels.train_steps import Optimiser, StepSettings, TrainState, steps_per_epoch
+from fasttower_kernels.train_steps import Optimiser, StepSettings, TableDtype, TrainState, steps_per_epoch
 
 DATA = ("synthetic-1m", "synthetic-20m")
 DIMS = (64, 16, 128)
@@ -54,6 +57,7 @@ LEARNING_RATE = 1e-3
 REPEATS = 3
 FUSED_POSITIVES, TORCH_POSITIVES = 2_000_000, 400_000  # trained in one timing, about
 PREPARE_LIMIT_S = 240
+BFLOAT16_DATA, BFLOAT16_DIM = "synthetic-20m", 64  # from this dimension on: to keep the suite short
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -153,13 +157,16 @@ def copy_bandwidth(device: torch.device, size: int = 1 << 30) -> float:
     return 2 * size / min(seconds(lambda: target.copy_(source), device) for _ in range(10))
 
 
-def traffic(positives: Positives, batch_size: int, width: int, *, exclude: bool) -> int:
+def traffic(
+    positives: Positives, batch_size: int, width: int, *, exclude: bool, bfloat16: bool = False
+) -> int:
     """Bytes a step moves; see the module."""
     pairs = 1 + NUM_NEGATIVES
-    vectors = 12 * width * (1 + pairs) * batch_size
-    parameters = (positives.num_users + positives.num_items) * width + positives.num_items
+    vectors = (10 if bfloat16 else 12) * width * (1 + pairs) * batch_size
+    table_parameters = (positives.num_users + positives.num_items) * width
+    adam = 32 * (table_parameters + positives.num_items) + 2 * bfloat16 * table_parameters
     sectors = 32 * NUM_NEGATIVES * batch_size if exclude else 0
-    return vectors + 12 * pairs * batch_size + 8 * batch_size + sectors + 32 * parameters
+    return vectors + 12 * pairs * batch_size + 8 * batch_size + sectors + adam
 
 
 def fused(
@@ -171,12 +178,15 @@ def fused(
     exclude: bool = True,
     graphs: bool = True,
     optimiser: Optimiser = "adam",
+    table_dtype: TableDtype = "float32",
 ):
     """A function that trains the first steps of an epoch with the Triton backend."""
     from fasttower_kernels.train_steps import triton_gpu
 
     loss = LossSettings(NUM_NEGATIVES, l2=0.01)
-    settings = StepSettings(loss, LEARNING_RATE, batch_size, seed=0, optimiser=optimiser)
+    settings = StepSettings(
+        loss, LEARNING_RATE, batch_size, seed=0, optimiser=optimiser, table_dtype=table_dtype
+    )
     state = TrainState.start(start_tables(positives, dim, positives.interactions.user_index.device))
 
     def run() -> Tensor:
@@ -204,17 +214,17 @@ def batch_loss(
 
 
 def plain_torch(positives: Positives, dim: int, batch_size: int, steps: int, loss_of: Callable[..., Tensor]):
-    """A function that trains the first steps of an epoch with torch alone."""
+    """A function that trains the first steps of an epoch, whose order is drawn before, with torch alone."""
     device = positives.interactions.user_index.device
     parameters = [table.requires_grad_() for table in start_tables(positives, dim, device)]
     optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE, fused=True)
     labels = torch.zeros(batch_size, 1 + NUM_NEGATIVES, device=device)
     labels[:, 0] = 1
     user_index, item_index = positives.interactions.user_index, positives.interactions.item_index
+    order = torch.randperm(len(positives.interactions), device=device)[: steps * batch_size]
 
     def run() -> None:
-        order = torch.randperm(len(positives.interactions), device=device)
-        for rows in order[: steps * batch_size].split(batch_size):
+        for rows in order.split(batch_size):
             user, item = user_index[rows], item_index[rows]
             negatives = torch.randint(
                 positives.num_items, (len(rows), NUM_NEGATIVES), device=device, dtype=item.dtype
@@ -243,7 +253,10 @@ def measure(
     batch = min(batch_size, num_rows)
     share = None
     if variant.startswith("fused") and "lazy" not in variant:
-        share = traffic(positives, batch, padded(dim), exclude="plain" not in variant) / step_s / bandwidth
+        moved = traffic(
+            positives, batch, padded(dim), exclude="plain" not in variant, bfloat16="bf16" in variant
+        )
+        share = moved / step_s / bandwidth
     return Row(
         positives.name,
         dim,
@@ -276,6 +289,14 @@ def measure_shape(
         "fused, plain": (fused_steps, lambda n: fused(positives, dim, batch_size, n, exclude=False)),
         "eager": (torch_steps, lambda n: plain_torch(positives, dim, batch_size, n, batch_loss)),
     }
+    if positives.name == BFLOAT16_DATA and dim >= BFLOAT16_DIM:
+        for variant, optimiser in (("fused, bf16", "adam"), ("lazy, bf16", "lazy_adam")):
+            variants[variant] = (
+                fused_steps,
+                lambda n, optimiser=optimiser: fused(
+                    positives, dim, batch_size, n, optimiser=optimiser, table_dtype="bfloat16"
+                ),
+            )
     if compile_too:
         torch.compiler.reset()
         loss = torch.compile(batch_loss, dynamic=False)

@@ -1,9 +1,9 @@
 """Top-K over a whole catalogue beside its baselines: `python -m benchmarks.top_k`.
 
 The shape is MovieLens 20M's: 138,493 users, 26,744 items, 64 dimensions, the 10 best, about 144 seen items a
-user. Each way serves a sample of the users in turns, one way after another and again; the best turn counts,
-in CPU time and scaled to all users, so that a busy machine disturbs all of them alike. A way's result is
-checked before its time is taken. The ways:
+user; --k asks for more. Each way serves a sample of the users in turns, one way after another and again; the
+best turn counts, in CPU time and scaled to all users, so that a busy machine disturbs all of them alike. A
+way's result is checked before its time is taken. The ways:
 
     bare_rows           torch.mm alone, some users by all items into a buffer; the best of some chunk sizes
     bare_tiles          torch.mm alone, into a buffer of some users by some items; the best of some shapes
@@ -62,6 +62,7 @@ class Data(NamedTuple):
     items: Tensor
     bias: Tensor
     seen: KnownPositives
+    k: int
 
     @property
     def rows(self) -> Tensor:
@@ -74,7 +75,7 @@ class Data(NamedTuple):
         return self.seen.indptr[1:] - self.seen.indptr[:-1]
 
 
-def make_data(num_users: int) -> Data:
+def make_data(num_users: int, k: int = K) -> Data:
     """Normal vectors, and items seen as often as a Zipf law has it."""
     generator = torch.Generator().manual_seed(0)
     users, items = (torch.randn(rows, DIM, generator=generator) for rows in (num_users, ITEMS))
@@ -84,7 +85,7 @@ def make_data(num_users: int) -> Data:
     # Repeats are dropped: 180 draws leave about 144 items.
     drawn = torch.from_numpy(rng.choice(ITEMS, 180 * num_users, p=weight / weight.sum()))
     rows = torch.arange(num_users).repeat_interleave(180)
-    return Data(users, items, bias, KnownPositives.from_pairs(rows, drawn, num_users, ITEMS))
+    return Data(users, items, bias, KnownPositives.from_pairs(rows, drawn, num_users, ITEMS), k)
 
 
 def bare_rows(data: Data, chunk: int) -> Serve:
@@ -114,7 +115,7 @@ def bare_tiles(data: Data, chunk: int, width: int) -> Serve:
 def fasttower_way(data: Data, *, seen: bool = True, **options: Any) -> Serve:
     if seen:
         options |= {"seen": data.seen, "seen_users": data.rows}
-    return lambda: top_k(data.users, data.items, k=K, **options).items
+    return lambda: top_k(data.users, data.items, k=data.k, **options).items
 
 
 def torch_way(data: Data) -> Serve:
@@ -129,7 +130,7 @@ def torch_way(data: Data) -> Serve:
             scores = torch.mm(some, data.items.T, out=buffer[: len(some)])
             entries = slice(int(data.seen.indptr[begin]), int(data.seen.indptr[begin + len(some)]))
             scores[rows[entries] - begin, columns[entries]] = -torch.inf
-            found.append(torch.topk(scores, K).indices)
+            found.append(torch.topk(scores, data.k).indices)
         return torch.cat(found)
 
     return serve
@@ -145,7 +146,7 @@ def argpartition_way(data: Data) -> Serve:
             scores = users[begin : begin + CHUNK] @ items.T
             entries = slice(int(data.seen.indptr[begin]), int(data.seen.indptr[begin + len(scores)]))
             scores[rows[entries] - begin, columns[entries]] = -np.inf
-            best = np.argpartition(scores, -K, axis=1)[:, -K:]
+            best = np.argpartition(scores, -data.k, axis=1)[:, -data.k :]
             order = np.argsort(-np.take_along_axis(scores, best, axis=1), axis=1)
             found.append(np.take_along_axis(best, order, axis=1))
         return torch.from_numpy(np.concatenate(found))
@@ -163,7 +164,7 @@ def implicit_way(data: Data, *, seen: bool) -> Serve:
         values = np.ones(len(data.seen.items), dtype=np.float32)
         indptr = data.seen.indptr.numpy().astype(np.int32)
         filtered = scipy.sparse.csr_matrix((values, data.seen.items.numpy(), indptr), (len(users), ITEMS))
-    return lambda: torch.from_numpy(topk(items, users, K, filter_query_items=filtered, num_threads=1)[0])
+    return lambda: torch.from_numpy(topk(items, users, data.k, filter_query_items=filtered, num_threads=1)[0])
 
 
 def faiss_way(data: Data) -> Serve:
@@ -173,7 +174,7 @@ def faiss_way(data: Data) -> Serve:
     index = faiss.IndexFlatIP(DIM)
     index.add(data.items.numpy())
     users = data.users.numpy()
-    return lambda: torch.from_numpy(index.search(users, K)[1])
+    return lambda: torch.from_numpy(index.search(users, data.k)[1])
 
 
 def ways_of(data: Data) -> dict[str, Serve]:
@@ -206,9 +207,9 @@ def check(name: str, found: Tensor | None, right: dict[str, Tensor]) -> None:
 
 def right_items(data: Data) -> dict[str, Tensor]:
     scores = data.users @ data.items.T
-    right = {"plain": scores.topk(K).indices}
+    right = {"plain": scores.topk(data.k).indices}
     scores[torch.repeat_interleave(data.rows, data.degrees), data.seen.items.long()] = -torch.inf
-    return right | {"seen": scores.topk(K).indices, "bias": scores.add_(data.bias).topk(K).indices}
+    return right | {"seen": scores.topk(data.k).indices, "bias": scores.add_(data.bias).topk(data.k).indices}
 
 
 def best_seconds(data: Data, repeats: int) -> dict[str, float]:
@@ -249,8 +250,8 @@ def report_memory(budget_mb: int) -> None:
     )
 
 
-def report_speed(sample: int, repeats: int) -> None:
-    best = best_seconds(make_data(sample), repeats)
+def report_speed(sample: int, repeats: int, k: int) -> None:
+    best = best_seconds(make_data(sample, k), repeats)
     for name, seconds in best.items():
         print(f"  {name:20s} {seconds:7.2f} s {seconds / best['fasttower_seen']:6.2f} x fasttower_seen")
     rows = min(seconds for name, seconds in best.items() if name.startswith("bare_rows"))
@@ -270,6 +271,7 @@ def main() -> None:
     )
     parser.add_argument("--sample", type=int, default=2048, help="users served a turn")
     parser.add_argument("--repeats", type=int, default=5, help="turns of each way")
+    parser.add_argument("--k", type=int, default=K, help="items wanted a user")
     parser.add_argument("--memory", action="store_true", help="the peak memory of serving all users")
     parser.add_argument("--budget-mb", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -279,7 +281,7 @@ def main() -> None:
         return
     print(
         f"{platform.machine()}, torch {torch.__version__}, numba {numba.__version__}, 1 thread; "
-        f"{USERS} users, {ITEMS} items, dim {DIM}, K {K}, about {SEEN} seen items a user; CPU time",
+        f"{USERS} users, {ITEMS} items, dim {DIM}, K {arguments.k}, about {SEEN} seen items a user; CPU time",
         flush=True,
     )
     if arguments.memory:
@@ -288,7 +290,7 @@ def main() -> None:
             subprocess.run(command, check=True)
         return
     print(f"{arguments.sample} users, scaled to all; best of {arguments.repeats} turns", flush=True)
-    report_speed(arguments.sample, arguments.repeats)
+    report_speed(arguments.sample, arguments.repeats, arguments.k)
 
 
 if __name__ == "__main__":

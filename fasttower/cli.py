@@ -30,7 +30,7 @@ class Command:
 
 # A module is imported only when its command is called.
 COMMANDS = {
-    "train": Command("train on interactions, recommend to every user, evaluate", "fasttower.train"),
+    "train": Command("train on interactions, recommend to the users trained on, evaluate", "fasttower.train"),
     "recommend": Command(
         "recommend from a run, to some users, all, or new ones", "fasttower.commands.recommend"
     ),

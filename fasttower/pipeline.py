@@ -69,7 +69,11 @@ class FitObserver(Observer):
 def fit(
     data: Source | None = None, config: Config | None = None, *, observer: FitObserver | None = None
 ) -> Run:
-    """Prepare interactions, train, recommend to every user and evaluate on the test part.
+    """Prepare interactions, train, recommend to every user trained on, and evaluate on the test part.
+
+    By default the last 20% of the time line are the test part, which is not trained on. To serve
+    recommendations, train on all rows: with ``Config(test_fraction=0)`` there is no test part, and the run's
+    metrics have ``test`` and ``popularity`` empty.
 
     Args:
         data: the name of a data set, a path, or a Polars, pandas or Arrow frame with one row an interaction;
@@ -106,6 +110,7 @@ def fit(
         observer.on_prepared(prepared, config)
         observer.on_training(str(device), backend, why, threads)
 
+        test, known = prepared.test, training_data.known_positives
         first: tuple[TrainedModel, pl.DataFrame] | None = None
         reports = []
         interrupted = False
@@ -124,29 +129,28 @@ def fit(
             interrupted = trained.interrupted
             if interrupted and first is not None:
                 break  # a model that was not trained to its end is no sample of a seed
-            recommendations = recommend_to_all(
-                trained.model, training_data.known_positives, prepared.users, prepared.items, config
-            )
+            recommendations = recommend_to_all(trained.model, known, prepared.users, prepared.items, config)
             clock.lap("recommend")
-            reports.append(_report(recommendations, prepared, config.k))
+            if test is not None:
+                reports.append(_report(recommendations, test, prepared, config.k))
             clock.lap("metrics")
             first = first or (trained, recommendations)
             if interrupted or observer.should_stop():
                 interrupted = True
                 break
-        popularity = _popularity(training_data.known_positives, prepared, config)
+        popularity = {} if test is None else _popularity(known, test, prepared, config)
         clock.lap("metrics")
 
     assert first is not None  # there is at least one seed
     trained, recommendations = first
     speeds = [record.positives_per_s for record in trained.history]
     metrics: dict[str, Any] = {
-        "test": {name: statistics.fmean(report[name] for report in reports) for name in reports[0]},
+        "test": {name: statistics.fmean(report[name] for report in reports) for name in popularity},
         "popularity": popularity,
         "l2": trained.l2,
         "best_epoch": trained.best_epoch,
         "interrupted": interrupted,
-        "test_users": prepared.test["user_index"].n_unique(),
+        "test_users": 0 if test is None else test["user_index"].n_unique(),
         "test_pairs_in_fit": prepared.test_pairs_in_fit,
         "timing_s": clock.times(),
         "positives_per_s": statistics.median(speeds) if speeds else None,
@@ -171,7 +175,7 @@ def fit(
         history=trained.history,
         recommendations=recommendations,
         metrics=metrics,
-        known_positives=training_data.known_positives,
+        known_positives=known,
     )
 
 
@@ -221,26 +225,32 @@ def _check_memory(data: TrainingData, config: Config, device: torch.device, back
             width=padded(config.embedding_dim),
             num_rows=len(data.fit) + (0 if data.valid is None else len(data.train) + len(data.valid)),
             num_known=len(known.items),
+            table_dtype=config.table_dtype,
         ),
         device,
     )
 
 
-def _popularity(known: KnownPositives, prepared: PreparedData, config: Config) -> dict[str, float]:
-    index = prepared.test["user_index"].unique().sort().to_numpy()
+def _popularity(
+    known: KnownPositives, test: pl.DataFrame, prepared: PreparedData, config: Config
+) -> dict[str, float]:
+    index = test["user_index"].unique().sort().to_numpy()
     users = torch.tensor(index, device=known.items.device)
     topk = most_popular(known, users, k=min(config.k, known.num_items), filter_seen=config.filter_seen)
     frame = recommendation_frame(rows_at(index, prepared.users)["user_id"], topk, prepared.items)
-    return _report(frame, prepared, config.k, by="rating")
+    return _report(frame, test, prepared, config.k, by="rating")
 
 
 def _report(
-    recommendations: pl.DataFrame, prepared: PreparedData, k: int, by: Literal["rank", "rating"] = "rank"
+    recommendations: pl.DataFrame,
+    test: pl.DataFrame,
+    prepared: PreparedData,
+    k: int,
+    by: Literal["rank", "rating"] = "rank",
 ) -> dict[str, float]:
     """RePlay's metrics of the test users, in original ids."""
     # Of fit, RePlay reads the items alone.
-    test = prepared.original_ids(prepared.test)
-    return replay_metrics(recommendations, test, prepared.items, k, by)
+    return replay_metrics(recommendations, prepared.original_ids(test), prepared.items, k, by)
 
 
 class _Clock:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -156,6 +157,24 @@ class ConsoleObserver(FitObserver):
     def show_result(self, run: Run, run_dir: Path) -> None:
         """Show the metrics beside popularity's, the times, and where the run is."""
         metrics = run.metrics
+        if metrics["test"]:
+            self._show_test(metrics)
+        else:
+            self._console.print("no test part; fasttower evaluate takes a later file")
+            if not run.config.refit and any(record.phase == "choose" for record in run.history):
+                self._console.print("the validation part was not trained on (--no-refit)")
+        epochs = counted_noun(metrics["best_epoch"], "epoch")
+        self._console.print(f"trained for {epochs} with L2 {metrics['l2']:g}")
+        main = next(iter(metrics["test"]), None)
+        if main and metrics["test"][main] < metrics["popularity"][main]:
+            self._console.print(f"[bold yellow]the model loses to popularity in {main}[/]")
+        times = "  ".join(f"{name} {seconds:.1f} s" for name, seconds in metrics["timing_s"].items())
+        self._console.print(times)
+        if run.interrupted:
+            self._warnings.print("interrupted: the run holds what had been trained by then")
+        self._console.print(f"run written to {escape(str(run_dir))}")
+
+    def _show_test(self, metrics: dict[str, Any]) -> None:
         table = Table(
             title=f"test part: {metrics['test_users']:,} users",
             title_justify="left",
@@ -172,13 +191,3 @@ class ConsoleObserver(FitObserver):
                 row.append("-" if deviation is None else f"{deviation:.4f}")
             table.add_row(name, *row, f"{metrics['popularity'][name]:.4f}")
         self._console.print(table)
-        epochs = counted_noun(metrics["best_epoch"], "epoch")
-        self._console.print(f"trained for {epochs} with L2 {metrics['l2']:g}")
-        main = next(iter(metrics["test"]))
-        if metrics["test"][main] < metrics["popularity"][main]:
-            self._console.print(f"[bold yellow]the model loses to popularity in {main}[/]")
-        times = "  ".join(f"{name} {seconds:.1f} s" for name, seconds in metrics["timing_s"].items())
-        self._console.print(times)
-        if run.interrupted:
-            self._warnings.print("interrupted: the run holds what had been trained by then")
-        self._console.print(f"run written to {escape(str(run_dir))}")

@@ -44,7 +44,7 @@ class Run:
         device: where the training ran.
         backend: the implementation of the training step that ran.
         history: the record of every epoch.
-        recommendations: user_id, item_id, rating (the score), rank (from 1) for every user.
+        recommendations: user_id, item_id, rating (the score), rank (from 1) for every user of the run.
         metrics: the contents of ``metrics.json``.
         known_positives: the unique pairs that the model was fitted to; what "seen" means.
     """

@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     from fasttower.report import ConsoleObserver
 
 DESCRIPTION = (
-    "Train a two-tower model on interactions, recommend to every user, evaluate on the test part.\n\n"
-    "Example: python -m fasttower.train --data ml-1m --embedding-dim 64"
+    "Train a two-tower model on interactions, recommend to its users, evaluate on the test part.\n\n"
+    "Example: python -m fasttower.train --data ml-1m --embedding-dim 64\n\n"
+    "To serve, on all rows: python -m fasttower.train --data my.csv --test-fraction 0"
 )
 
 

@@ -99,6 +99,8 @@ def _with_backend(config: Config, device: torch.device) -> tuple[Config, str]:
         backend, why = choose_backend("auto", device)
         line = f"the run asked for backend {config.backend} ({error}); the update takes {backend}, {why}."
         config = dataclasses.replace(config, backend="auto")
+    if backend == "numba":  # it reads the tables, which are float32 in every run, as they are
+        config = dataclasses.replace(config, table_dtype="float32")
     if line is not None:
         warnings.warn(line, stacklevel=4)  # where Run.update was called
     return config, backend

@@ -25,7 +25,8 @@ from fasttower.errors import FastTowerError
         ("learning_rate", 0.0),
         ("learning_rate", float("inf")),
         ("init_scale", -1.0),
-        ("test_fraction", 0.0),
+        ("test_fraction", -0.1),
+        ("test_fraction", float("nan")),
         ("test_fraction", 1.0),
         ("valid_fraction", 1.0),
         ("valid_fraction", -0.1),
@@ -58,6 +59,12 @@ def test_one_l2_needs_no_tuple():
 def test_the_last_of_several_seeds_is_in_range():
     with pytest.raises(FastTowerError, match="--seeds"):
         Config(seed=2**63 - 1, seeds=2)
+
+
+def test_several_seeds_need_a_test_part_to_report_on():
+    with pytest.raises(FastTowerError, match=r"--seeds is 2; expected 1 without a test part \(--test-frac"):
+        Config(test_fraction=0, seeds=2)
+    assert Config(test_fraction=0, test_data="later.csv", seeds=2).seeds == 2
 
 
 def test_json_brings_back_what_was_asked_for():

@@ -1,7 +1,11 @@
 """The whole way from a frame of interactions to an evaluated run, and back from its directory."""
 
+import dataclasses
 import json
 import math
+import os
+import subprocess
+import sys
 
 import polars as pl
 import pytest
@@ -193,6 +197,80 @@ def test_several_seeds_give_means_and_deviations(run, ratings):
     deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / 2)
     assert several.metrics["test_std"]["NDCG@5"] == pytest.approx(deviation)
     assert several.recommendations.equals(run.recommendations)
+
+
+@pytest.fixture(scope="module")
+def whole(ratings):
+    return fasttower.fit(ratings, dataclasses.replace(CONFIG, test_fraction=0))
+
+
+def test_without_a_test_part_all_is_trained_on(whole, ratings):
+    rows = ratings.select(user_id="user", item_id="item").unique()
+    assert whole.users.height == rows["user_id"].n_unique()
+    assert len(whole.known_positives.items) == rows.height
+    assert whole.recommend().join(rows, on=["user_id", "item_id"], how="semi").is_empty()
+    assert {record.phase for record in whole.history} == {"choose", "refit"}
+    refit = [record for record in whole.history if record.phase == "refit"]
+    assert refit[-1].step == whole.metrics["best_epoch"] * math.ceil(2000 / 64)
+
+
+def test_without_a_test_part_the_model_is_that_with_a_test_file(whole, ratings, tmp_path):
+    ratings[:100].write_parquet(tmp_path / "test.parquet")
+    config = dataclasses.replace(CONFIG, test_data=str(tmp_path / "test.parquet"))
+    beside = fasttower.fit(ratings, config)
+    assert whole.recommendations.equals(beside.recommendations)
+    for left, right in zip(whole.model.tables, beside.model.tables, strict=True):
+        assert left.equal(right)
+
+
+def test_without_a_test_part_the_metrics_say_so(whole, run, tmp_path):
+    metrics = whole.metrics
+    assert metrics.keys() == run.metrics.keys()
+    assert (metrics["test"], metrics["popularity"]) == ({}, {})
+    assert (metrics["test_users"], metrics["test_pairs_in_fit"]) == (0, 0)
+    assert "NDCG" not in repr(whole)
+    whole.save(tmp_path / "run")
+    assert fasttower.load_run(tmp_path / "run").metrics == metrics
+
+
+def test_without_a_test_part_a_run_is_measured_on_later_rows(whole, tmp_path):
+    whole.save(tmp_path / "run")
+    later = pl.DataFrame({"user": ["000", "001"], "item": ["item 0", "item 1"]})
+    found = fasttower.load_run(tmp_path / "run").evaluate(later, k=5)
+    assert (found.users, found.pairs) == (2, 2)
+    updated = whole.update(later, epochs=1)
+    assert updated.metrics["updates"][0]["rows"] == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "phases"),
+    [
+        ({"refit": False}, {"choose"}),
+        ({"valid_fraction": 0.0}, {"train"}),
+        ({"split": "random"}, {"choose", "refit"}),
+        ({"split": "leave-last"}, {"choose", "refit"}),
+    ],
+)
+def test_without_a_test_part_in_other_ways(change, phases, ratings, tmp_path):
+    ratings.write_csv(tmp_path / "ratings.csv")
+    config = dataclasses.replace(CONFIG, test_fraction=0, **change)
+    run = fasttower.fit(tmp_path / "ratings.csv", config)
+    assert run.metrics["test"] == {}
+    assert {record.phase for record in run.history} == phases
+    assert run.known_positives.degrees.sum() == ratings.select("user", "item").unique().height
+
+
+def test_without_a_test_part_replay_is_not_imported(ratings, tmp_path):
+    ratings.write_parquet(tmp_path / "ratings.parquet")
+    code = (
+        "import sys, fasttower;"
+        "config = fasttower.Config(test_fraction=0, epochs=1, l2=0.03, backend='torch', threads=1);"
+        f"fasttower.fit({str(tmp_path / 'ratings.parquet')!r}, config);"
+        "sys.exit('replay' in sys.modules)"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": ":".join(sys.path)}
+    )
 
 
 class StopInSecondSeed(fasttower.FitObserver):

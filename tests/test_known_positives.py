@@ -43,7 +43,7 @@ def test_contains(limit, case):
     module._TABLE_LIMIT_BYTES = limit
     try:
         inside = build(num_users, num_items, rows).contains(
-            torch.arange(num_users)[:, None], torch.arange(num_items)[None, :]
+            torch.arange(num_users)[:, None], torch.arange(num_items)[None, :], repeatedly=True
         )
     finally:
         module._TABLE_LIMIT_BYTES = before
@@ -66,3 +66,12 @@ def test_untouched_enumerates_the_complement(case):
 def test_index_out_of_range(user, item):
     with pytest.raises(FastTowerError, match="expected 0 to"):
         build(2, 3, [(user, item)])
+
+
+def test_a_contains_question_asked_once_keeps_no_table():
+    known = KnownPositives.from_pairs(torch.tensor([0, 1]), torch.tensor([2, 0]), 2, 3)
+    question = torch.tensor([[0], [1]]), torch.arange(3)
+    right = [[False, False, True], [True, False, False]]
+    assert known.contains(*question).tolist() == right
+    assert "_table" not in vars(known)
+    assert known.contains(*question, repeatedly=True).tolist() == right

@@ -12,7 +12,6 @@ import torch
 numba = pytest.importorskip("numba")
 
 from fasttower_kernels import membership  # noqa: E402
-from fasttower_kernels.errors import FastTowerError  # noqa: E402
 from fasttower_kernels.known_positives import KnownPositives  # noqa: E402
 from fasttower_kernels.negatives import numba_cpu as negatives  # noqa: E402
 from fasttower_kernels.negatives.reference import sample_negatives  # noqa: E402
@@ -337,14 +336,6 @@ def test_threads_are_those_of_torch_and_have_a_tile_each():
     assert train_steps.thread_count(10_000) == 1
     torch.set_num_threads(7)
     assert [train_steps.thread_count(size) for size in (1, 64, 65, 10_000)] == [1, 1, 2, 7]
-
-
-def test_transposed_tables_are_refused():
-    tables = make_tables(3)
-    state = TrainState.start(Tables(torch.randn(4, NUM_USERS).T, tables.items, tables.item_bias))
-    settings = StepSettings(LossSettings(4, 0.2), 0.05, 70, seed=9)
-    with pytest.raises(FastTowerError, match="contiguous"):
-        train_steps.run_steps(state, make_interactions(), make_known(), settings, first_step=0, num_steps=1)
 
 
 CACHED = """

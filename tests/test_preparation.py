@@ -1,3 +1,4 @@
+import dataclasses
 import subprocess
 import sys
 
@@ -197,6 +198,73 @@ class TestSplits:
             assert_frame_equal(getattr(numbers, part), getattr(dated, part))
 
 
+class TestNoTestPart:
+    """With a test fraction of 0 every row is fit."""
+
+    @pytest.mark.parametrize("split", ["time", "random", "leave-last"])
+    @pytest.mark.parametrize("valid_fraction", [0, 0.25])
+    def test_every_row_is_fit(self, split, valid_fraction):
+        rows = random_rows()
+        data = prepare(rows, DataConfig(split=split, test_fraction=0, valid_fraction=valid_fraction))
+        assert data.test is None
+        assert data.test_pairs_in_fit == 0
+        assert pairs(data, "fit") == rows.select("user_id", "item_id").rows()
+        assert data.users["user_id"].to_list() == sorted(set(rows["user_id"]))
+        assert data.items["item_id"].to_list() == sorted(set(rows["item_id"]))
+        assert not [step for step in data.steps if step.step.startswith("test")]
+        assert data.steps[1] == StepCount("fit (no test part)", 2000, 40, 30, 0)
+        if valid_fraction:
+            assert len(data.train) == {"time": 1500, "random": 1500, "leave-last": 1960}[split]
+        else:
+            assert data.valid is None
+            assert data.train.equals(data.fit)
+
+    @pytest.mark.parametrize("split", ["time", "random"])
+    def test_the_parts_are_those_with_a_test_file(self, split, tmp_path):
+        rows = random_rows()
+        rows[:50].write_parquet(tmp_path / "test.parquet")
+        config = DataConfig(split=split, valid_fraction=0.3, test_min_rating=3)
+        beside = prepare(rows, dataclasses.replace(config, test_data=str(tmp_path / "test.parquet")), seed=3)
+        data = prepare(rows, dataclasses.replace(config, test_fraction=0), seed=3)
+        for name in ("fit", "train", "valid", "users", "items"):
+            assert_frame_equal(getattr(data, name), getattr(beside, name))
+
+    def test_leave_last_keeps_each_users_last_row_for_validation(self):
+        rows = frame_of([(1, 1, 1.0, 5), (2, 1, 1.0, 5), (1, 2, 1.0, 9), (2, 2, 1.0, 4), (1, 1, 1.0, 1)])
+        data = prepare(rows, DataConfig(split="leave-last", test_fraction=0))
+        assert pairs(data, "valid") == [(2, 1), (1, 2)]
+        assert pairs(data, "train") == [(1, 1), (2, 2), (1, 1)]
+
+    def test_filters_hold_and_test_min_rating_is_validations_alone(self):
+        config = DataConfig(
+            min_rating=2,
+            min_user_interactions=2,
+            min_item_interactions=2,
+            test_fraction=0,
+            valid_fraction=0.3,
+            test_min_rating=5,
+        )
+        data = prepare(BY_HAND, config)
+        assert len(data.fit) == 12
+        assert [step.rows for step in data.steps[:5]] == [15, 14, 13, 12, 12]
+        assert pairs(data, "valid") == [(1, 10), (2, 10)]
+
+    def test_a_test_file_is_a_test_part(self, tmp_path):
+        random_rows()[:50].write_parquet(tmp_path / "test.parquet")
+        files = {"test_data": str(tmp_path / "test.parquet")}
+        data = prepare(random_rows(), DataConfig(test_fraction=0, **files))
+        assert_frame_equal(data.test, prepare(random_rows(), DataConfig(**files)).test)
+
+    def test_a_validation_file(self, tmp_path):
+        random_rows()[:50].write_parquet(tmp_path / "valid.parquet")
+        data = prepare(random_rows(), DataConfig(test_fraction=0, valid_data=str(tmp_path / "valid.parquet")))
+        assert (len(data.train), len(data.fit), data.test) == (2000, 2050, None)
+
+    def test_filters_that_leave_nothing(self):
+        message = one_line_error(BY_HAND, DataConfig(test_fraction=0, min_rating=6))
+        assert "'min_rating >= 6' (15 rows before it)" in message
+
+
 class TestIds:
     @settings(max_examples=25, deadline=None)
     @given(seed=st.integers(0, 2**32 - 1))
@@ -333,6 +401,11 @@ class TestErrors:
             message = one_line_error(rows, DataConfig(split=split))
             assert "--split random" in message
             assert "--test-data" in message
+            # Nothing is cut: nothing to cut by.
+            assert len(prepare(rows, DataConfig(split=split, test_fraction=0, valid_fraction=0)).fit) == len(
+                rows
+            )
+            assert "--split random" in one_line_error(rows, DataConfig(split=split, test_fraction=0))
         assert prepare(rows, DataConfig(split="random")).timestamp_unit is None
 
     def test_filters_that_need_ratings(self):

@@ -112,8 +112,8 @@ def test_a_consumer_that_stops_leaves_no_thread(run, blocks_of_three_users):
 
 
 def test_a_wrong_argument_is_raised_from_the_thread_as_it_is(run, blocks_of_three_users):
-    with pytest.raises(FastTowerError, match="scoring is tf32"):
-        run.recommend(k=5, scoring="tf32")
+    with pytest.raises(FastTowerError, match="scoring is 'float16'"):
+        run.recommend(k=5, scoring="float16")
     assert wait_for(lambda: not threads())
 
 

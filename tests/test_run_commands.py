@@ -1,5 +1,6 @@
 """The commands that use a run, as a user types them."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import sys
 import numpy as np
 import polars as pl
 import pytest
+from conftest import CONFIG
 
 import fasttower
 from fasttower.cli import COMMANDS, main
@@ -279,6 +281,19 @@ def test_info_says_what_the_run_is(ask, saved, run, tmp_path):
     run.update(pl.DataFrame({"user": ["x"], "item": ["y"]}), epochs=1).save(tmp_path / "updated")
     code, out, _ = ask("info", tmp_path / "updated")
     assert "update 1: 1 row, 1 new user, 1 new item, 1 epoch\n" in out
+
+
+def test_info_of_a_run_without_a_test_part(ask, ratings, tmp_path):
+    fasttower.fit(ratings, dataclasses.replace(CONFIG, test_fraction=0)).save(tmp_path / "run")
+    code, out, err = ask("info", tmp_path / "run")
+    assert (code, err) == (0, "")
+    assert "no test part; fasttower evaluate takes a later file" in out
+    assert "popularity" not in out
+    later = tmp_path / "later.csv"
+    later.write_text("user,item\n000,item 0\n")
+    code, out, _ = ask("evaluate", tmp_path / "run", "--test", later)
+    assert code == 0
+    assert "NDCG@10" in out
 
 
 @pytest.mark.parametrize(

@@ -126,12 +126,9 @@ def test_reduced_precision_recommends_the_same(run, ratings):
     exact, reduced = (run.recommend(k=5, scoring=scoring) for scoring in ("float32", "bfloat16"))
     assert reduced.drop("rating").equals(exact.drop("rating"))
     np.testing.assert_allclose(reduced["rating"], exact["rating"], rtol=1e-5, atol=1e-6)
-    # "tf32" arrives as it is, and the run is on a CPU.
     for call in (run.recommend, lambda **options: run.recommend_new(ratings, **options)):
-        with pytest.raises(FastTowerError, match="scoring is tf32, which runs on cuda"):
-            call(scoring="tf32")
-    with pytest.raises(FastTowerError, match="scoring is tf32"):
-        next(run.recommend_in_blocks(scoring="tf32"))
+        with pytest.raises(FastTowerError, match="scoring is 'float16'; expected"):
+            call(scoring="float16")
 
 
 def test_denied_items_are_never_given_and_only_allowed_ones_are(run):
@@ -460,7 +457,7 @@ def test_an_update_takes_in_new_rows_new_users_and_new_items(run, ratings):
 
 def test_an_update_on_another_device_says_what_it_used(run, tmp_path):
     new = pl.DataFrame({"user": ["001"], "item": ["item 2"]})
-    config = dataclasses.replace(run.config, backend="triton", device="cuda")
+    config = dataclasses.replace(run.config, backend="triton", device="cuda", table_dtype="bfloat16")
     trained = dataclasses.replace(run, config=config, device="cuda", backend="triton")
     with pytest.warns(UserWarning, match=r"asked for backend triton \(.*not cpu.*takes numba") as warned:
         updated = trained.update(new, epochs=1)
@@ -472,6 +469,7 @@ def test_an_update_on_another_device_says_what_it_used(run, tmp_path):
     assert (updated.device, config["device"], metrics["device"]) == ("cpu",) * 3
     assert (updated.backend, config["backend"], metrics["backend"]) == ("numba",) * 3
     assert config["backend_requested"] == "auto"
+    assert config["table_dtype"] == "float32"
     # The loaded run goes on as it is, and a backend that runs is kept without a word.
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -125,6 +125,15 @@ def test_each_rounding_is_in_the_bound(scoring, user, item, bias):
     assert_nothing_outside_is_above_the_bound(torch.tensor([user]), items, biases, 10, scoring)
 
 
+@pytest.mark.parametrize(
+    ("user", "last"), [(1.0, 1.0), (1 + HALF / 8 - 2**-20, 0.5)], ids=["most is lost", "longest"]
+)
+def test_the_bound_is_that_of_all_tiles(user, last):
+    items = torch.full((128, 1), 1 + HALF / 8 - 2**-20 if user == 1 else 1.0)
+    items[64:] = last
+    assert_nothing_outside_is_above_the_bound(torch.tensor([[user]]), items, None, 10, "tf32")
+
+
 @pytest.mark.parametrize("scoring", REDUCED)
 @settings(max_examples=60, deadline=None)
 @given(
@@ -211,8 +220,8 @@ def test_scores_that_bfloat16_makes_infinite_are_scored_again(sign, others):
 
 
 def test_a_sum_that_may_overflow_proves_nothing():
-    # Factors are exact in bfloat16; sums in another order than float32's might be infinite.
-    users, items = torch.full((1, 2), 2.0**63), torch.full((50, 2), 1.5 * 2.0**63)
+    # Factors are exact in bfloat16 and their squares finite; sums in another order might be infinite.
+    users, items = torch.full((1, 2), 2.0**63), torch.full((50, 2), 2.0**63)
     items[:, 1] *= -1
     items[7] = 2.0**62
     _, outside = keep(users, items, None, 40, "bfloat16")

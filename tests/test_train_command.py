@@ -73,6 +73,29 @@ def test_quiet_prints_nothing(csv, tmp_path, capsys):
     assert capsys.readouterr() == ("", "")
 
 
+def test_no_test_part(csv, tmp_path, capsys):
+    everything = ("--test-fraction", "0", *QUICK)
+    assert command("--data", csv, "--run-dir", tmp_path / "run", *everything) == 0
+    shown = capsys.readouterr().out
+    assert "fit (no test part)" in shown
+    assert "no test part; fasttower evaluate takes a later file\n" in shown
+    assert "popularity" not in shown
+    again = ("--config", tmp_path / "run" / "config.json", "--run-dir", tmp_path / "again", "--json")
+    assert command(*again) == 0
+    assert json.loads(capsys.readouterr().out)["test"] == {}
+    first, second = (fasttower.load_run(tmp_path / name) for name in ("run", "again"))
+    assert first.recommendations.equals(second.recommendations)
+
+
+def test_no_test_part_of_a_named_set(csv, tmp_path, capsys):
+    (tmp_path / "ml-1m").mkdir()
+    pl.read_csv(csv).write_csv(tmp_path / "ml-1m" / "ratings.csv")
+    named = ("--data", "ml-1m", "--data-root", tmp_path, "--run-dir", tmp_path / "run")
+    assert command(*named, "--test-fraction", "0", "--no-refit", *QUICK) == 0
+    assert "the validation part was not trained on (--no-refit)" in capsys.readouterr().out
+    assert len(fasttower.load_run(tmp_path / "run").users) == 37
+
+
 def test_flags_go_over_the_config_file_over_the_preset(tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"epochs": 7, "embedding_dim": 32}))

@@ -15,15 +15,17 @@ import torch
 from fasttower_kernels.backends import choose_backend
 from fasttower_kernels.errors import FastTowerError
 
-CASES = Path(__file__).parent / "triton_interpreter_cases.py"
+TESTS = Path(__file__).parent
+CASES = TESTS / "triton_interpreter_cases.py"
+BFLOAT16_CASES = TESTS / "triton_bfloat16_cases.py"
 needs_triton = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="Triton is not installed")
 
 
-def run_cases(*arguments):
+def run_cases(cases, *arguments):
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", str(CASES), "-x", "-p", "no:cacheprovider", *arguments],
+        [sys.executable, "-m", "pytest", str(cases), "-x", "-p", "no:cacheprovider", *arguments],
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        cwd=CASES.parent.parent,
+        cwd=TESTS.parent,
         capture_output=True,
         text=True,
         check=False,
@@ -34,14 +36,15 @@ def run_cases(*arguments):
 
 
 @needs_triton
-def test_kernels():
-    run_cases()
+@pytest.mark.parametrize("cases", [CASES, BFLOAT16_CASES], ids=["float32", "bfloat16"])
+def test_kernels(cases):
+    run_cases(cases)
 
 
 @needs_triton
 @pytest.mark.slow
 def test_kernels_in_more_shapes():
-    run_cases("-m", "slow")
+    run_cases(CASES, "-m", "slow")
 
 
 def test_triton_is_not_for_the_cpu():

@@ -39,9 +39,11 @@ def run(arguments: Sequence[str]) -> int:
     say(f"batch size {config.batch_size:,}, learning rate {config.learning_rate:g}")
     epochs = counted_noun(metrics["best_epoch"], "epoch")
     say(f"trained for {epochs} with L2 {metrics['l2']:g} on {trained.device}, backend {trained.backend}")
-    if "test" in metrics:
+    if metrics.get("test"):
         table = metrics_frame(metrics["test"], metrics["popularity"])
         show_frame(table, f"test part: {metrics['test_users']:,} users")
+    elif "test" in metrics:
+        say("no test part; fasttower evaluate takes a later file")
     for number, update in enumerate(metrics.get("updates", ()), start=1):
         nouns = {"rows": "row", "new_users": "new user", "new_items": "new item", "epochs": "epoch"}
         counts = ", ".join(counted_noun(update[field], noun) for field, noun in nouns.items())

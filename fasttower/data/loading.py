@@ -98,12 +98,14 @@ def _generate(name: str, seed: int) -> Interactions:
 def _check_columns(read: list[Interactions], config: DataConfig) -> None:
     """Raise if a filter or a split lacks its column."""
     source = read[0]
-    cuts = config.test_data is None or (config.valid_data is None and config.valid_fraction > 0)
+    cuts = (config.test_data is None and config.test_fraction > 0) or (
+        config.valid_data is None and config.valid_fraction > 0
+    )
     if cuts and config.split != "random" and "timestamp" not in source.frame.columns:
         raise FastTowerError(
             f"{source.name}: no column of timestamps for --split {config.split}; name it with"
-            " --timestamp-column, or use --split random, or files: --test-data, and --valid-data or"
-            " --valid-fraction 0"
+            " --timestamp-column, or use --split random, or files (--test-data, --valid-data), or cut nothing"
+            " (--test-fraction 0, --valid-fraction 0)"
         )
     for interactions in read:
         rated = {"--min-rating": config.min_rating}

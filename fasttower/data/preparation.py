@@ -1,7 +1,7 @@
 """From a source of interactions to dense, split frames, with a count of what every step kept and dropped.
 
     read -> min_rating -> min_user_interactions -> min_item_interactions      each once, in this order
-         -> test cut -> validation cut                                        fit = all before the test cut
+         -> test cut, if any -> validation cut, if any                        fit = all before the test cut
          -> cold rows dropped -> test_min_rating -> repeated pairs dropped    on test and valid
          -> dense indices in the order of the ids of fit
 
@@ -36,10 +36,10 @@ class PreparedData:
     The four parts have the columns user_index and item_index, Int32.
 
     Attributes:
-        fit: all rows before the test cut, in the order of the file, repeats kept.
+        fit: all rows before the test cut, in the order of the file, repeats kept; without a test part all.
         train: fit's rows before the validation cut; equal to fit where there is no validation part.
         valid: validation rows whose user and item are in train, unique pairs; None where there are none.
-        test: test rows whose user and item are in fit, unique pairs.
+        test: test rows whose user and item are in fit, unique pairs; None with a test fraction of 0.
         users: user_id (the caller's type) and user_index, sorted by id: the users of fit.
         items: item_id and item_index, likewise; and title, null where there is none, for MovieLens.
         steps: what each step kept and dropped.
@@ -51,7 +51,7 @@ class PreparedData:
     fit: pl.DataFrame
     train: pl.DataFrame
     valid: pl.DataFrame | None
-    test: pl.DataFrame
+    test: pl.DataFrame | None
     users: pl.DataFrame
     items: pl.DataFrame
     steps: tuple[StepCount, ...]
@@ -99,7 +99,7 @@ def prepare(
     rows = part.rows if config.test_min_rating is not None else part.rows.drop("rating", strict=False)
     del part
 
-    if test is None:
+    if test is None and config.test_fraction > 0:
         before = _before_cut(rows, config, config.test_fraction, derive_key(seed, Purpose.RANDOM_SPLIT, 0))
         rows, test = rows.filter(before), rows.filter(~before)
     in_train = None
@@ -109,7 +109,7 @@ def prepare(
         in_train = _before_cut(rows, config, config.valid_fraction, derive_key(seed, Purpose.RANDOM_SPLIT, 1))
         valid = rows.filter(~in_train)
 
-    fit = steps.add("fit (before the test cut)", rows)
+    fit = steps.add("fit (no test part)" if test is None else "fit (before the test cut)", rows)
     steps.check_left("fit", num_rows)
     if valid is not None and in_train is not None:
         train = steps.add("train (before the validation cut)", rows.filter(in_train))
@@ -119,11 +119,12 @@ def prepare(
             steps.check_left("valid")
         if valid.is_empty():
             valid = None
-    test = _to_evaluate("test", test, fit, config.test_min_rating, steps)
-    steps.check_left("test")
+    if test is not None:
+        test = _to_evaluate("test", test, fit, config.test_min_rating, steps)
+        steps.check_left("test")
 
     index = _Index(densify(fit.users), densify(fit.items))
-    fit_rows, test = index.apply(fit.rows), index.apply(test)
+    fit_rows, test = index.apply(fit.rows), None if test is None else index.apply(test)
     users = _id_map("user", user_ids, fit.users)
     return PreparedData(
         fit=fit_rows,
@@ -134,7 +135,7 @@ def prepare(
         items=_with_titles(_id_map("item", item_ids, fit.items), titles),
         steps=tuple(steps.counts),
         timestamp_unit=timestamp_unit,
-        test_pairs_in_fit=_pairs_in_common(test, fit_rows, len(users)),
+        test_pairs_in_fit=0 if test is None else _pairs_in_common(test, fit_rows, len(users)),
     )
 
 

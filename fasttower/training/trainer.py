@@ -33,7 +33,7 @@ class EpochRecord:
     """One line of a run's history.
 
     Attributes:
-        phase: "choose", "refit" or "train".
+        phase: "choose", "refit", "train" or "update".
         l2: the weight of the L2 term.
         epoch: from 1.
         step: training steps done so far.
@@ -108,7 +108,9 @@ def train(
     batch_size = config.resolved(num_rows).batch_size
     assert batch_size is not None  # it is resolved
     loss = LossSettings(config.num_negatives, l2, config.loss_scale)
-    settings = StepSettings(loss, config.learning_rate, batch_size, config.seed, config.optimiser)
+    settings = StepSettings(
+        loss, config.learning_rate, batch_size, config.seed, config.optimiser, config.table_dtype
+    )
     excluded = known_positives if config.exclude_known_positives else None
     state = TrainState.start(model.tables)
     per_epoch = steps_per_epoch(num_rows, batch_size)

@@ -14,11 +14,9 @@ from typing import Any, TypeVar
 
 import numba
 import numpy as np
-import torch
 from numba import extending
 from numpy.typing import NDArray
 
-from fasttower_kernels.errors import FastTowerError
 from fasttower_kernels.tables import Tables
 
 # numba's own annotations are about calls from Python; for code that it compiles they do not fit.
@@ -78,16 +76,6 @@ def empty(dtype: type) -> Array:
 
 
 def flat_arrays(tables: Tables) -> tuple[Array, Array, Array]:
-    """Users (U * P,), items (I * P,) and item bias (I,), empty without one: views.
-
-    Raises:
-        FastTowerError: an array that is not contiguous float32 on the CPU.
-    """
-    for array in tables:
-        if array.dtype != torch.float32 or not array.is_contiguous() or array.device.type != "cpu":
-            raise FastTowerError(
-                f"a table is {array.dtype} on {array.device}, strides {array.stride()}; backend numba takes "
-                f"contiguous float32 on the CPU: choose backend torch."
-            )
+    """Users (U * P,), items (I * P,) and item bias (I,), empty without one: views of contiguous tables."""
     bias = empty(np.float32) if tables.item_bias is None else tables.item_bias.detach().numpy()
     return tables.users.detach().numpy().reshape(-1), tables.items.detach().numpy().reshape(-1), bias

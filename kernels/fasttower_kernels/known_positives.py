@@ -29,6 +29,16 @@ class KnownPositives:
     items: Tensor
     num_items: int
 
+    def __post_init__(self) -> None:
+        """Check the dtypes; compiled code reads the arrays without strides."""
+        if self.indptr.dtype != torch.int64 or self.items.dtype != torch.int32:
+            raise FastTowerError(
+                f"known positives have indptr {self.indptr.dtype} and items {self.items.dtype}; "
+                "expected int64 and int32."
+            )
+        object.__setattr__(self, "indptr", self.indptr.contiguous())
+        object.__setattr__(self, "items", self.items.contiguous())
+
     @staticmethod
     def from_pairs(user_index: Tensor, item_index: Tensor, num_users: int, num_items: int) -> KnownPositives:
         """Sort and deduplicate pairs.
@@ -96,17 +106,19 @@ class KnownPositives:
         table[rows * self.num_items + self.items] = True
         return table
 
-    def contains(self, user_index: Tensor, item_index: Tensor) -> Tensor:
+    def contains(self, user_index: Tensor, item_index: Tensor, *, repeatedly: bool = False) -> Tensor:
         """Whether each user has touched the item.
 
         Args:
             user_index: int64, any shape.
             item_index: int64, broadcasts with ``user_index``.
+            repeatedly: whether more such questions follow. They are answered from a users x items table, if
+                it takes at most 1 GiB, which is kept.
 
         Returns:
             bool, of the broadcast shape.
         """
-        if self._table is not None:
+        if repeatedly and self._table is not None:
             return self._table[user_index * self.num_items + item_index]
         user_index, item_index = torch.broadcast_tensors(user_index, item_index)
         if not len(self.items):

@@ -59,7 +59,7 @@ class Interactions:
     item_index: Tensor
 
     def __post_init__(self) -> None:
-        """Check shapes and dtypes."""
+        """Check shapes and dtypes; compiled code reads the arrays without strides."""
         for name, index in (("user_index", self.user_index), ("item_index", self.item_index)):
             if index.ndim != 1 or index.dtype != torch.int32:
                 raise FastTowerError(
@@ -70,6 +70,8 @@ class Interactions:
                 f"{len(self.user_index)} user indices and {len(self.item_index)} item indices; "
                 f"expected as many of each."
             )
+        object.__setattr__(self, "user_index", self.user_index.contiguous())
+        object.__setattr__(self, "item_index", self.item_index.contiguous())
 
     @cached_property
     def largest(self) -> tuple[int, int]:

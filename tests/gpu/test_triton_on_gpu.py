@@ -203,6 +203,32 @@ def test_two_epochs(graphs, deterministic, optimiser):
         assert error(result, expected.double()) < 1e-2
 
 
+@pytest.mark.parametrize("optimiser", ["adam", "lazy_adam"])
+@pytest.mark.parametrize("dim", [6, 16, 128, 256])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_bfloat16_tables(optimiser, dim, deterministic):
+    # Single steps from equal states, so that both round the same numbers; then many in one call, with graphs.
+    interactions, known = make_batch(99 * 64 + 17), make_known()
+    settings = StepSettings(LossSettings(5, 0.01), 0.01, 64, 2**40 + 1, optimiser, "bfloat16")
+    state = TrainState.start(make_tables(dim))
+    for step in (0, 1):
+        oracle = TrainState(*(doubled(t) for t in vars(state).values()))
+        torch.use_deterministic_algorithms(deterministic)
+        bce = steps_triton.run_steps(state, interactions, known, settings, first_step=step, num_steps=1)
+        torch.use_deterministic_algorithms(False)
+        dense = replace(settings, optimiser="adam")
+        right = steps_reference.run_steps(oracle, interactions, known, dense, first_step=step, num_steps=1)
+        assert float(bce) == pytest.approx(float(right), rel=1e-6)
+        for result, expected in zip(state.moments_1, oracle.moments_1, strict=True):
+            assert error(result, expected) < 5e-6
+    torch.use_deterministic_algorithms(deterministic)
+    steps_triton.run_steps(state, interactions, known, settings, first_step=2, num_steps=98)
+    plan = steps_triton._plans[id(state)]
+    for table, copy in ((state.parameters.users, plan.read.users), (state.parameters.items, plan.read.items)):
+        assert table.isfinite().all()
+        assert copy.equal(table.bfloat16())
+
+
 @triton.jit
 def claims_kernel(stamps_ptr, rows_ptr, owners_ptr, count, now):
     index = tl.program_id(0) * 128 + tl.arange(0, 8)[:, None] * 16 + tl.arange(0, 16)[None, :]

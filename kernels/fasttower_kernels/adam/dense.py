@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
-
 from fasttower_kernels.adam import reference
 from fasttower_kernels.backends import Backend, implementation
+from fasttower_kernels.checks import check_tables
 from fasttower_kernels.errors import FastTowerError
 from fasttower_kernels.tables import Tables
 
@@ -45,20 +44,7 @@ def adam_step(
         raise FastTowerError(
             f"count is {count}, learning_rate {learning_rate}; expected 1 or more, a finite number above 0."
         )
-    first, *others = (
-        [(array.dtype, array.device, tuple(array.shape)) for array in tables]
-        for tables in (parameters, gradients, moments_1, moments_2)
-    )
-    for name, other in zip(("gradients", "moments_1", "moments_2"), others, strict=True):
-        if other != first:
-            raise FastTowerError(f"{name} are {other}; expected those of the parameters, {first}.")
     run = implementation("fasttower_kernels.adam", backend, parameters.users.device)
-    if run is not reference:
-        for tables in (parameters, gradients, moments_1, moments_2):
-            for array in tables:
-                if array.dtype != torch.float32 or not array.is_contiguous():
-                    raise FastTowerError(
-                        f"a table is {array.dtype}, strides {array.stride()}; the fused backends take "
-                        f"contiguous float32: choose backend torch."
-                    )
+    others = {"gradients": gradients, "moments_1": moments_1, "moments_2": moments_2}
+    check_tables(parameters, others, fused=run is not reference)
     run.adam_step(parameters, gradients, moments_1, moments_2, count=count, learning_rate=learning_rate)

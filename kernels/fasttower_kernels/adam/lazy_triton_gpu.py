@@ -28,7 +28,7 @@ from torch import Tensor
 
 from fasttower_kernels.adam.lazy_reference import MOST_REPLAYED
 from fasttower_kernels.adam.reference import BETA_1, BETA_2, EPSILON
-from fasttower_kernels.adam.triton_gpu import table_arguments, updated
+from fasttower_kernels.adam.triton_gpu import store_parameters, table_arguments, updated
 from fasttower_kernels.tables import Tables
 from fasttower_kernels.triton_launch import Launch
 from fasttower_kernels.triton_tiles import tile_of, warp_lanes
@@ -46,6 +46,7 @@ def catch_up_rows(
     gradients_ptr,
     moments_1_ptr,
     moments_2_ptr,
+    rounded_ptr,
     offsets,
     mask,
     stamp,
@@ -60,6 +61,7 @@ def catch_up_rows(
         gradients_ptr: zeroed.
         moments_1_ptr: first moment.
         moments_2_ptr: second moment.
+        rounded_ptr: bfloat16, gets the rounded parameters; or None.
         offsets: int64 block, each element once.
         mask: which of them.
         stamp: int32 block that broadcasts to the offsets: s.
@@ -99,7 +101,7 @@ def catch_up_rows(
     closing_ptr = decays_ptr + 2 * (behind - 1)
     m *= tl.load(closing_ptr, mask=wanted, other=0.0)
     v *= tl.load(closing_ptr + 1, mask=wanted, other=0.0)
-    tl.store(parameters_ptr + offsets, p - moved, mask=mask)
+    store_parameters(parameters_ptr, rounded_ptr, offsets, mask, p - moved)
     tl.store(gradients_ptr + offsets, tl.zeros_like(g), mask=mask)
     tl.store(moments_1_ptr + offsets, m, mask=mask)
     tl.store(moments_2_ptr + offsets, v, mask=mask)
@@ -115,6 +117,7 @@ def catch_up_table_rows(
     bias_gradients_ptr,
     bias_moments_1_ptr,
     bias_moments_2_ptr,
+    rounded_ptr,
     rates_ptr,
     decays_ptr,
     row,
@@ -134,7 +137,8 @@ def catch_up_table_rows(
         bias_gradients_ptr: zeroed.
         bias_moments_1_ptr: first moment.
         bias_moments_2_ptr: second moment.
-        rates_ptr: as in `catch_up_rows`.
+        rounded_ptr: (rows, WIDTH), as in `catch_up_rows`.
+        rates_ptr: likewise.
         decays_ptr: likewise.
         row: int64 block.
         stamp: int32 block, s of each row.
@@ -148,6 +152,7 @@ def catch_up_table_rows(
         gradients_ptr,
         moments_1_ptr,
         moments_2_ptr,
+        rounded_ptr,
         row[:, None] * WIDTH + d[None, :],  # [R, BLOCK_D]
         (behind > 0)[:, None] & (d < WIDTH)[None, :],
         stamp[:, None],
@@ -161,6 +166,7 @@ def catch_up_table_rows(
             bias_gradients_ptr,
             bias_moments_1_ptr,
             bias_moments_2_ptr,
+            None,
             row,
             behind > 0,
             stamp,
@@ -184,6 +190,8 @@ def catch_up_kernel(
     bias_gradients_ptr,
     bias_moments_1_ptr,
     bias_moments_2_ptr,
+    rounded_users_ptr,
+    rounded_items_ptr,
     user_stamps_ptr,
     item_stamps_ptr,
     rates_ptr,
@@ -211,6 +219,8 @@ def catch_up_kernel(
         bias_gradients_ptr: zeroed.
         bias_moments_1_ptr: first moment.
         bias_moments_2_ptr: second moment.
+        rounded_users_ptr: or None, like the next.
+        rounded_items_ptr: of the items.
         user_stamps_ptr: (U,), int32; they are old when this is done.
         item_stamps_ptr: (I,), int32, likewise.
         rates_ptr: (steps, 2), of `step_rates`.
@@ -239,6 +249,7 @@ def catch_up_kernel(
             None,
             None,
             None,
+            rounded_users_ptr,
             rates_ptr,
             decays_ptr,
             row,
@@ -259,6 +270,7 @@ def catch_up_kernel(
             bias_gradients_ptr,
             bias_moments_1_ptr,
             bias_moments_2_ptr,
+            rounded_items_ptr,
             rates_ptr,
             decays_ptr,
             row,
@@ -286,6 +298,7 @@ def catch_up_launch(
     rates: Tensor,
     decays: Tensor,
     counters: Tensor,
+    rounded: Tables | None = None,
     lanes: int | None = None,
 ) -> Launch:
     """The kernel with its arguments; see `catch_up_kernel`."""
@@ -296,7 +309,7 @@ def catch_up_launch(
         catch_up_kernel,
         triton.cdiv(num_users, tile.rows) + triton.cdiv(num_items, tile.rows),
         {
-            **table_arguments(parameters, gradients, moments_1, moments_2),
+            **table_arguments(parameters, gradients, moments_1, moments_2, rounded),
             "user_stamps_ptr": user_stamps,
             "item_stamps_ptr": item_stamps,
             "rates_ptr": rates,

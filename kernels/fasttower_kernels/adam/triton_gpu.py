@@ -20,6 +20,7 @@ from torch import Tensor
 from fasttower_kernels.adam.reference import BETA_1, BETA_2, EPSILON
 from fasttower_kernels.tables import ROW_ALIGNMENT, Tables
 from fasttower_kernels.triton_launch import Launch, device_scope
+from fasttower_kernels.triton_tiles import warp_lanes
 
 _BLOCK = 1024
 _NUM_WARPS = 4
@@ -36,11 +37,20 @@ def updated(p, g, m, v, step_size, inverse_root):
 
 
 @triton.jit
+def store_parameters(parameters_ptr, rounded_ptr, offsets, mask, p):
+    """Store parameters, and rounded to bfloat16 where there is a table of them."""
+    tl.store(parameters_ptr + offsets, p, mask=mask)
+    if rounded_ptr is not None:
+        tl.store(rounded_ptr + offsets, p.to(tl.bfloat16), mask=mask)
+
+
+@triton.jit
 def _update(
     parameters_ptr,
     gradients_ptr,
     moments_1_ptr,
     moments_2_ptr,
+    rounded_ptr,
     offsets,
     mask,
     step_size,
@@ -51,7 +61,7 @@ def _update(
     m = tl.load(moments_1_ptr + offsets, mask=mask, other=0.0)
     v = tl.load(moments_2_ptr + offsets, mask=mask, other=0.0)
     p, m, v = updated(p, g, m, v, step_size, inverse_root)
-    tl.store(parameters_ptr + offsets, p, mask=mask)
+    store_parameters(parameters_ptr, rounded_ptr, offsets, mask, p)
     tl.store(gradients_ptr + offsets, tl.zeros_like(g), mask=mask)
     tl.store(moments_1_ptr + offsets, m, mask=mask)
     tl.store(moments_2_ptr + offsets, v, mask=mask)
@@ -71,6 +81,8 @@ def adam_kernel(
     bias_gradients_ptr,
     bias_moments_1_ptr,
     bias_moments_2_ptr,
+    rounded_users_ptr,
+    rounded_items_ptr,
     rates_ptr,
     counters_ptr,
     user_groups,
@@ -95,6 +107,8 @@ def adam_kernel(
         bias_gradients_ptr: (I,), zeroed.
         bias_moments_1_ptr: (I,).
         bias_moments_2_ptr: (I,).
+        rounded_users_ptr: (U, P), bfloat16, gets the new users rounded; None, like the next, for none.
+        rounded_items_ptr: (I, P), likewise the items.
         rates_ptr: (steps, 2), float32: step size and inverse root of count c in row (c - 1) mod steps.
         counters_ptr: (2,), int64: t, which this kernel sets to the count, and the count, which it reads.
         user_groups: U * P / GROUP. Counted in groups, the ends of the tables are multiples of GROUP for all
@@ -122,6 +136,7 @@ def adam_kernel(
             user_gradients_ptr,
             user_moments_1_ptr,
             user_moments_2_ptr,
+            rounded_users_ptr,
             offsets,
             offsets < user_size,
             step_size,
@@ -134,6 +149,7 @@ def adam_kernel(
             item_gradients_ptr,
             item_moments_1_ptr,
             item_moments_2_ptr,
+            rounded_items_ptr,
             offsets,
             offsets < item_size,
             step_size,
@@ -148,6 +164,7 @@ def adam_kernel(
                 bias_gradients_ptr,
                 bias_moments_1_ptr,
                 bias_moments_2_ptr,
+                None,
                 offsets,
                 offsets < num_items,
                 step_size,
@@ -177,10 +194,17 @@ def step_rates(first_count: int, counts: int, learning_rate: float) -> Tensor:
 
 
 def table_arguments(
-    parameters: Tables, gradients: Tables, moments_1: Tables, moments_2: Tables
+    parameters: Tables,
+    gradients: Tables,
+    moments_1: Tables,
+    moments_2: Tables,
+    rounded: Tables | None,
 ) -> dict[str, Any]:
-    """The arguments of a kernel that updates all tables."""
-    arguments: dict[str, Any] = {}
+    """The arguments of a kernel that updates all tables, and the rounded ones where they are."""
+    arguments: dict[str, Any] = {
+        "rounded_users_ptr": rounded and rounded.users,
+        "rounded_items_ptr": rounded and rounded.items,
+    }
     for name, field in (("users", "users"), ("items", "items"), ("bias", "item_bias")):
         singular = {"users": "user", "items": "item"}.get(name, name)
         arguments[f"{name}_ptr"] = getattr(parameters, field)
@@ -198,13 +222,18 @@ def adam_launch(
     *,
     rates: Tensor,
     counters: Tensor,
+    rounded: Tables | None = None,
+    lanes: int | None = None,
 ) -> Launch:
     """The kernel with its arguments; see `adam_kernel`."""
+    # Of 8 elements a thread would store the float32 ones as 4 and 4, and the bfloat16 ones as 8 others, which
+    # it would have to get from other threads through shared memory. So it has 4.
+    num_warps = _NUM_WARPS if rounded is None else _BLOCK // (ROW_ALIGNMENT * (lanes or warp_lanes()))
     return Launch(
         adam_kernel,
         sum(triton.cdiv(table.numel(), _BLOCK) for table in parameters),
         {
-            **table_arguments(parameters, gradients, moments_1, moments_2),
+            **table_arguments(parameters, gradients, moments_1, moments_2, rounded),
             "rates_ptr": rates,
             "counters_ptr": counters,
             "user_groups": parameters.users.numel() // ROW_ALIGNMENT,
@@ -214,7 +243,7 @@ def adam_launch(
             "GROUP": ROW_ALIGNMENT,
             "BLOCK": _BLOCK,
         },
-        _NUM_WARPS,
+        num_warps,
     )
 
 

@@ -53,13 +53,13 @@ def sample_negatives(
     if known_positives is None:
         return negatives
 
-    b, k = known_positives.contains(users[:, None], negatives).nonzero(as_tuple=True)
+    b, k = known_positives.contains(users[:, None], negatives, repeatedly=True).nonzero(as_tuple=True)
     for attempt in range(1, ATTEMPTS):
         if not len(b):
             return negatives
         drawn = (_word(key, position[b], k, step, attempt) * num_items) >> 32
         negatives[b, k] = drawn
-        again = known_positives.contains(users[b], drawn)
+        again = known_positives.contains(users[b], drawn, repeatedly=True)
         b, k = b[again], k[again]
     free = num_items - known_positives.degrees[users[b]]
     b, k, free = b[free > 0], k[free > 0], free[free > 0]

@@ -5,8 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from fasttower_kernels.backends import Backend, implementation
+from fasttower_kernels.checks import check_pairs, check_step, check_tables
 from fasttower_kernels.known_positives import KnownPositives
 from fasttower_kernels.philox import Key
+from fasttower_kernels.sampled_bce import reference
 from fasttower_kernels.sampled_bce.loss import sampled_bce_loss
 from fasttower_kernels.sampled_bce.settings import LossSettings
 from fasttower_kernels.tables import Interactions, Tables
@@ -39,9 +41,16 @@ def train_step(
 
     Returns:
         Scalar, float32 or float64: the sum of the BCE part over the batch's pairs.
+
+    Raises:
+        FastTowerError: tables, pairs or known positives that do not fit each other, or the backend cannot
+            run here.
     """
-    run = implementation(__name__, backend, parameters.users.device).train_step
-    bce: Tensor = run(parameters, gradients, batch, known_positives, settings, key=key, step=step)
+    run = implementation(__name__, backend, parameters.users.device)
+    check_tables(parameters, {"gradients": gradients}, fused=run is not reference)
+    check_pairs(parameters, batch, known_positives)
+    check_step(step)
+    bce: Tensor = run.train_step(parameters, gradients, batch, known_positives, settings, key=key, step=step)
     return bce
 
 
@@ -70,9 +79,15 @@ def bce_sum(
 
     Returns:
         Scalar, float32 or float64.
+
+    Raises:
+        FastTowerError: as in `train_step`.
     """
-    run = implementation(__name__, backend, parameters.users.device).bce_sum
-    bce: Tensor = run(
+    run = implementation(__name__, backend, parameters.users.device)
+    check_tables(parameters, {}, fused=run is not reference)
+    check_pairs(parameters, batch, known_positives)
+    check_step(step)
+    bce: Tensor = run.bce_sum(
         parameters, batch, known_positives, settings, key=key, step=step, first_position=first_position
     )
     return bce

@@ -370,6 +370,13 @@ def variant_of(parameters: Tables, known_positives: KnownPositives | None, setti
     )
 
 
+@njit(**OPTIONS)
+def scales_of(size: int, num_negatives: int, pairs: int, l2: float) -> tuple[float, float, float]:
+    """1 / divisor of a batch, and the L2 gradient's factors of a user's and an item's row, float32."""
+    divisor = size * pairs
+    return float32(1 / divisor), float32(2 * l2 / divisor), float32(4 * l2 / (1 + num_negatives) / divisor)
+
+
 @lru_cache
 def _compiled(variant: Variant, gathered: bool, sources: int = SOURCES) -> Any:
     width, has_bias, exclude, exact, has_l2 = variant
@@ -383,7 +390,7 @@ def _compiled(variant: Variant, gathered: bool, sources: int = SOURCES) -> Any:
         known: Any,
         sampling: Any,
         step: int,
-        scales: Any,
+        loss: Any,
     ) -> float:
         _ = sources
         size = uint64(len(user_index))
@@ -400,7 +407,7 @@ def _compiled(variant: Variant, gathered: bool, sources: int = SOURCES) -> Any:
             known,
             sampling,
             step,
-            scales,
+            scales_of(max(size, uint64(1)), sampling[0], loss[0], loss[1]),
             width,
             has_bias,
             exclude,
@@ -424,7 +431,6 @@ def _run(
     first_position: int = 0,
     gathered: bool = False,
 ) -> Tensor:
-    divisor = settings.divisor(max(1, len(batch)))
     run = _compiled(variant_of(parameters, known_positives, settings), gathered)
     loss = run(
         flat_arrays(parameters),
@@ -435,11 +441,7 @@ def _run(
         known_arrays(known_positives),
         (settings.num_negatives, uint64(parameters.items.shape[0]), uint32(key[0]), uint32(key[1])),
         uint32(step),
-        (
-            float32(1 / divisor),
-            float32(2 * settings.l2 / divisor),
-            float32(4 * settings.l2 / (1 + settings.num_negatives) / divisor),
-        ),
+        (settings.pairs, settings.l2),
     )
     return torch.tensor(loss, dtype=torch.float64)
 

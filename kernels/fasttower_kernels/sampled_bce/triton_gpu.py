@@ -143,7 +143,7 @@ def sampled_bce_kernel(
     """One batch of the loss in `reference`, and its gradients.
 
     Args:
-        users_ptr: (U, WIDTH), float32, 16-byte aligned.
+        users_ptr: (U, WIDTH), float32 or bfloat16, 16-byte aligned; all arithmetic is float32.
         items_ptr: (I, WIDTH), likewise.
         bias_ptr: (I,), float32, or None.
         user_gradients_ptr: (U, WIDTH), added to; None, like the next two, unless OUTPUT is GRADIENTS.
@@ -210,8 +210,8 @@ def sampled_bce_kernel(
     live_row = live[:, None] & in_row[None, :]
     user_offsets = user_index[:, None] * WIDTH + d[None, :]  # [BLOCK_B, BLOCK_D]
     item_offsets = item_index[:, None] * WIDTH + d[None, :]
-    user = tl.load(users_ptr + user_offsets, mask=live_row, other=0.0)
-    item = tl.load(items_ptr + item_offsets, mask=live_row, other=0.0)
+    user = tl.load(users_ptr + user_offsets, mask=live_row, other=0.0).to(tl.float32)
+    item = tl.load(items_ptr + item_offsets, mask=live_row, other=0.0).to(tl.float32)
 
     scale = 1.0 / (length.to(tl.float32) * pairs)
     HAS_L2: tl.constexpr = item_l2 is not None
@@ -269,7 +269,7 @@ def sampled_bce_kernel(
             counted_row = counted[:, None] & in_row[None, :]
             item_index = drawn[lane].to(tl.int64)
             item_offsets = item_index[:, None] * WIDTH + d[None, :]
-            item = tl.load(items_ptr + item_offsets, mask=counted_row, other=0.0)
+            item = tl.load(items_ptr + item_offsets, mask=counted_row, other=0.0).to(tl.float32)
             term, slope = _softplus_and_sigmoid(_logits(user, item, item_index, counted, bias_ptr))
             loss += tl.where(counted, term, 0.0)
             coefficient = tl.where(counted, slope * scale, 0.0)

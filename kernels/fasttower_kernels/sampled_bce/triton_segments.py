@@ -50,8 +50,8 @@ def segments_kernel(
         order_ptr: (count,), int64: the occurrence at each place of the sorted order.
         coefficients_ptr: (count * terms,), float32.
         others_ptr: int32.
-        other_vectors_ptr: (any, WIDTH), float32.
-        own_vectors_ptr: (num_own, WIDTH), float32.
+        other_vectors_ptr: (any, WIDTH), float32 or bfloat16.
+        own_vectors_ptr: (num_own, WIDTH), likewise.
         gradients_ptr: (num_own, WIDTH), float32, added to.
         bias_gradients_ptr: (num_own,), gets the sum of the coefficients; or None.
         count: occurrences.
@@ -86,7 +86,7 @@ def segments_kernel(
                     other_vectors_ptr + other[:, None] * WIDTH + d[None, :],
                     mask=mine[:, None] & in_row[None, :],
                     other=0.0,
-                )
+                ).to(tl.float32)
                 block += coefficient[:, None] * vectors
                 if bias_gradients_ptr is not None:
                     bias_gradient += tl.sum(coefficient, axis=0)
@@ -96,7 +96,7 @@ def segments_kernel(
             place += BLOCK
             more = (found == BLOCK).to(tl.int32)
         offsets = key.to(tl.int64) * WIDTH + d
-        own = tl.load(own_vectors_ptr + offsets, mask=in_row, other=0.0)
+        own = tl.load(own_vectors_ptr + offsets, mask=in_row, other=0.0).to(tl.float32)
         gradient += own_scale * (occurrences * 1.0) * own
         tl.store(
             gradients_ptr + offsets,

@@ -67,10 +67,10 @@ def top_k(
             float32's own rounding, always. It is for GPUs and a K that is small beside the catalogue; on a
             CPU it is the slower way, and runs in backend torch.
         memory_budget_bytes: bound on what is allocated beyond the arguments and the result, in bytes; None
-            for a quarter of what is free on a GPU and 256 MiB elsewhere, of which backend numba takes 2 MiB
-            a thread and no more unless candidates are gathered. Below some 100 kB (numba: 16 users and 256
-            items at a time; in reduced precision 3 kB a dimension more) it is the least that is possible.
-            What the matmul library keeps for itself is not in it.
+            for a quarter of what is free on a GPU and 256 MiB elsewhere, of which backend numba takes 4 MiB
+            a thread and no more unless candidates are gathered. Below some 100 kB (numba: 4 users and 256
+            items at a time, and 64 bytes for each of K; in reduced precision 3 kB a dimension more) it is
+            the least that is possible. What the matmul library keeps for itself is not in it.
         backend: numba on a CPU, torch everywhere; there is none in Triton.
 
     Returns:

@@ -7,8 +7,10 @@ tiles, so that workers wait for nobody and a tile stays in the cache of the core
 from __future__ import annotations
 
 import math
+import os
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
+from threading import Barrier, Lock
 from typing import NamedTuple
 
 import numpy as np
@@ -18,36 +20,76 @@ from torch import Tensor
 
 from fasttower_kernels.compiled import Array, empty
 from fasttower_kernels.known_positives import KnownPositives
+from fasttower_kernels.topk.keys_numba_cpu import finish_rows, slots, unpack
 from fasttower_kernels.topk.reference import TopK
-from fasttower_kernels.topk.scan_numba_cpu import BLOCK, scan_tile, sort_heaps
+from fasttower_kernels.topk.scan_numba_cpu import BLOCK, scan_tile
 from fasttower_kernels.topk.tiles import Catalogue, Tile
 
 _ROWS, _COLUMNS = 512, 1024
 """Of a tile, where memory and the number of users allow: 2 MiB, measured."""
 
+_KEYS_BYTES = 2 << 20
+"""Of all rows' keys: where K is large, a tile has fewer rows, and more columns."""
+
 _LEAST_ROWS, _LEAST_COLUMNS = 4, 16
 """Of a matmul: with fewer, MKL takes other ways, which round otherwise."""
 
 
+class _MatmulThreads:
+    """Threads in each of which a matmul takes one core, kept for later calls.
+
+    To set a thread's number sets that of threads which start later too. That is put back once, here, which
+    calls that overlap could not do.
+    """
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """As in a new process, which has none of them."""
+        self._count = 0
+        self._lock = Lock()
+
+    def pool(self, count: int) -> ThreadPoolExecutor:
+        """So many of them at least."""
+        with self._lock:
+            if count > self._count:
+                before = torch.get_num_threads()
+                self._pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
+                all_started = Barrier(count)
+                list(self._pool.map(lambda _: all_started.wait(), range(count)))
+                torch.set_num_threads(before)
+                self._count = count
+            return self._pool
+
+
+_matmul_threads = _MatmulThreads()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_matmul_threads.forget)
+
+
 class _Shape(NamedTuple):
-    """Of a worker's tiles: users and items, and the memory that goes with them."""
+    """Of a worker's tiles: users and items, keys a user, and the memory that goes with them."""
 
     rows: int
     columns: int
+    slots: int
     num_bytes: int
 
 
-def _shape(num_users: int, catalogue: Catalogue, threads: int, budget_bytes: int) -> _Shape:
+def _shape(num_users: int, k: int, catalogue: Catalogue, threads: int, budget_bytes: int) -> _Shape:
     """The measured best, but a part for every thread, and smaller where the budget is."""
     dim = catalogue.vectors.shape[1]
     gathered = catalogue.index is not None
+    keys_bytes = 8 * slots(k)
 
     def num_bytes(rows: int, columns: int) -> int:
-        # Of a row two cursors, of a column its bias twice and its mask, and of a gathered one its vector.
+        # Of a row its keys, their count, the threshold and two cursors; of a column its bias twice and its
+        # mask, and of a gathered one its vector.
         padding = 4 * dim * (_LEAST_ROWS + _LEAST_COLUMNS)
-        return 4 * rows * columns + 32 * rows + (16 + 4 * dim * gathered) * columns + padding
+        return 4 * rows * columns + (keys_bytes + 48) * rows + (16 + 4 * dim * gathered) * columns + padding
 
-    rows = max(_LEAST_ROWS, min(_ROWS, math.ceil(num_users / threads)))
+    rows = max(_LEAST_ROWS, min(_ROWS, math.ceil(num_users / threads), _KEYS_BYTES // keys_bytes))
     needed = BLOCK * math.ceil(len(catalogue) / BLOCK)
     columns = min(needed, _ROWS * _COLUMNS // rows // BLOCK * BLOCK)
     while num_bytes(rows, columns) > budget_bytes and (rows, columns) != (_LEAST_ROWS, BLOCK):
@@ -55,7 +97,7 @@ def _shape(num_users: int, catalogue: Catalogue, threads: int, budget_bytes: int
             columns = max(BLOCK, columns // 2 // BLOCK * BLOCK)
         else:
             rows = max(_LEAST_ROWS, rows // 2)
-    return _Shape(rows, columns, num_bytes(rows, columns))
+    return _Shape(rows, columns, slots(k), num_bytes(rows, columns))
 
 
 class _Worker:
@@ -65,6 +107,9 @@ class _Worker:
         self._stride = shape.columns
         self._tile = torch.empty((shape.rows, shape.columns), dtype=torch.float32)
         self._bias = torch.zeros(shape.columns, dtype=torch.float32)
+        self._keys = np.empty((shape.rows, shape.slots), dtype=np.uint64)
+        self._counts = np.empty(shape.rows, dtype=np.int64)
+        self._thresholds = np.empty(shape.rows, dtype=np.float32)
 
     def run(
         self,
@@ -75,7 +120,9 @@ class _Worker:
         best: TopK,
     ) -> None:
         """All items for some users; ``best`` (C, K) has nothing yet."""
-        items, scores = best.items.numpy(), best.scores.numpy()
+        num_rows, k = best.items.shape
+        self._counts.fill(0)
+        self._thresholds.fill(-np.inf)
         if seen is None or rows is None:
             cursors = ends = np.zeros(len(users), dtype=np.int64)
             seen_items = empty(np.int32)
@@ -87,12 +134,13 @@ class _Worker:
             tile = catalogue.tile(begin, begin + self._stride)
             vectors = _at_least(_LEAST_COLUMNS, tile.vectors)
             torch.mm(users, vectors.T, out=self._tile[: len(users), : len(vectors)])
-            self._scan(tile, cursors, ends, seen_items, items, scores)
-        sort_heaps()(items, scores)
+            self._scan(tile, cursors, ends, seen_items, k)
+        keys = self._keys[:num_rows]
+        finish_rows()(keys, self._counts[:num_rows], k)
+        keys[:, :k].sort(axis=1)
+        unpack()(keys, best.items.numpy(), best.scores.numpy())
 
-    def _scan(
-        self, tile: Tile, cursors: Array, ends: Array, seen_items: Array, items: Array, scores: Array
-    ) -> None:
+    def _scan(self, tile: Tile, cursors: Array, ends: Array, seen_items: Array, k: int) -> None:
         width = len(tile.vectors)
         if tile.bias is not None:
             self._bias[:width] = tile.bias
@@ -106,8 +154,10 @@ class _Worker:
             cursors,
             ends,
             seen_items,
-            items,
-            scores,
+            self._keys,
+            self._counts,
+            self._thresholds,
+            k,
         )
 
 
@@ -131,11 +181,10 @@ def top_k_numba(
     if not found.items.numel() or not len(catalogue):
         return found
     allowed = torch.get_num_threads()
-    shape = _shape(len(user_vectors), catalogue, allowed, budget_bytes)
+    shape = _shape(len(user_vectors), k, catalogue, allowed, budget_bytes)
     starts = range(0, len(user_vectors), shape.rows)
-    threads = max(1, min(allowed, len(starts), budget_bytes // shape.num_bytes))
     idle: SimpleQueue[_Worker] = SimpleQueue()
-    for _ in range(threads):
+    for _ in range(max(1, min(allowed, len(starts), budget_bytes // shape.num_bytes))):
         idle.put(_Worker(shape))
 
     @torch.inference_mode()  # the caller's modes are not those of other threads
@@ -153,16 +202,6 @@ def top_k_numba(
         finally:
             idle.put(worker)
 
-    # What is set here is this thread's number and that of threads which start later.
-    torch.set_num_threads(1)
-    try:
-        if threads == 1:
-            for start in starts:
-                run(start)
-        else:
-            with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-                for _ in pool.map(run, starts):
-                    pass
-    finally:
-        torch.set_num_threads(allowed)
+    for _ in _matmul_threads.pool(allowed).map(run, starts):
+        pass
     return found

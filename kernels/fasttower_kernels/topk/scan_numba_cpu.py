@@ -1,8 +1,7 @@
 """The scan of a tile of scores for what is among the K best of each row, compiled.
 
 It compares the largest score of a block with the K-th best so far. Nearly every score is so read once, from
-the cache, many an instruction, and that is all that happens to it. The K best so far are a heap in the result
-itself, whose root is the worst of them.
+the cache, many an instruction, and that is all that happens to it. What is above becomes a key of its row.
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ from fasttower_kernels.compiled import (
     Array,
     entry_point,
     float32,
-    int32,
     intrinsic,
     njit,
     uint64,
 )
+from fasttower_kernels.topk.keys_numba_cpu import key_of, score_of, select
 from fasttower_kernels.vector_rows import add_scaled, load_row
 
 _LANES = 64
@@ -85,26 +84,6 @@ def _lowest_bit(typingctx: Any, bits: Any) -> Any:
         return builder.cttz(args[0], ir.IntType(1)(1))
 
     return types.uint64(types.uint64), codegen
-
-
-@njit(**OPTIONS)
-def _worse(score: float, item: int, other_score: float, other_item: int) -> bool:
-    return score < other_score or (score == other_score and item > other_item)
-
-
-@njit(**OPTIONS)
-def _replace_root(scores: Array, items: Array, size: int, score: float, item: int) -> None:
-    """Put an entry where the worst of the heap is, and restore the heap's order."""
-    hole, child = uint64(0), uint64(1)
-    while child < size:
-        right = child + uint64(1)
-        if right < size and _worse(scores[right], items[right], scores[child], items[child]):
-            child = right
-        if not _worse(scores[child], items[child], score, item):
-            break
-        scores[hole], items[hole] = scores[child], items[child]
-        hole, child = child, uint64(2) * child + uint64(1)
-    scores[hole], items[hole] = score, item
 
 
 @njit(**OPTIONS)
@@ -169,10 +148,12 @@ def scan_tile(has_bias: bool, gathered: bool, sources: int = SOURCES) -> Callabl
         cursors: Array,
         ends: Array,
         seen_items: Array,
-        items: Array,
-        scores: Array,
+        keys: Array,
+        counts: Array,
+        thresholds: Array,
+        size: int,
     ) -> None:
-        """Put what is among the K best of each row into its heap.
+        """Put what may be among the K best of each row into its keys.
 
         Args:
             tile: (C * stride,), float32: the scores; what is seen and what follows the width becomes -inf.
@@ -184,13 +165,16 @@ def scan_tile(has_bias: bool, gathered: bool, sources: int = SOURCES) -> Callabl
             cursors: (C,), int64: each row's first entry of ``seen_items`` beyond the tiles before; advanced.
             ends: (C,), int64: the ends of the rows' entries.
             seen_items: (nnz,), int32.
-            items: (C, K), int32: the heaps.
-            scores: (C, K), float32.
+            keys: (>= C, S), uint64, S > K: the K best of each row so far are among its first keys.
+            counts: (>= C,), int64: how many keys each row has, fewer than S.
+            thresholds: (>= C,), float32: what a score has to be above.
+            size: K.
         """
         _ = sources
-        lanes, size = uint64(_LANES), uint64(items.shape[1])
+        lanes, wanted = uint64(_LANES), uint64(size)
+        flat, slots = keys.reshape(-1), uint64(keys.shape[1])
         padded = (uint64(width) + uint64(BLOCK - 1)) // uint64(BLOCK) * uint64(BLOCK)
-        for r in range(uint64(len(items))):
+        for r in range(uint64(len(cursors))):
             begin = r * uint64(stride)
             cursors[r] = _leave_out(
                 tile, begin, width, first, index, gathered, seen_items, cursors[r], ends[r]
@@ -198,18 +182,17 @@ def scan_tile(has_bias: bool, gathered: bool, sources: int = SOURCES) -> Callabl
             for column in range(uint64(width), padded):
                 tile[begin + column] = float32(-np.inf)
 
-            row_scores, row_items = scores[r], items[r]
-            kth = row_scores[0]
+            row, count, threshold = r * slots, uint64(counts[r]), thresholds[r]
             for block in range(uint64(0), padded, uint64(BLOCK)):
                 at = begin + block
                 x0 = _load(tile, at, bias, block, has_bias)
                 x1 = _load(tile, at + lanes, bias, block + lanes, has_bias)
                 x2 = _load(tile, at + lanes * uint64(2), bias, block + lanes * uint64(2), has_bias)
                 x3 = _load(tile, at + lanes * uint64(3), bias, block + lanes * uint64(3), has_bias)
-                if not _any_above(_larger(_larger(x0, x1), _larger(x2, x3)), kth):
+                if not _any_above(_larger(_larger(x0, x1), _larger(x2, x3)), threshold):
                     continue
                 for part in range(block, block + uint64(BLOCK), lanes):
-                    bits = _bits_above(_load(tile, begin + part, bias, part, has_bias), kth)
+                    bits = _bits_above(_load(tile, begin + part, bias, part, has_bias), threshold)
                     while bits:
                         column = part + _lowest_bit(bits)
                         bits &= bits - uint64(1)
@@ -217,28 +200,15 @@ def scan_tile(has_bias: bool, gathered: bool, sources: int = SOURCES) -> Callabl
                         if has_bias:
                             score += bias[column]
                         # Items come in ascending order: one that equals the K-th score stays out.
-                        if score > kth:
-                            item = int32(index[column]) if gathered else int32(uint64(first) + column)
+                        if score > threshold:
+                            item = index[column] if gathered else uint64(first) + column
                             # Adding 0.0 makes 0.0 of -0.0.
-                            _replace_root(row_scores, row_items, size, score + float32(0), item)
-                            kth = row_scores[0]
-
-    return entry_point(run)
-
-
-@lru_cache
-def sort_heaps(sources: int = SOURCES) -> Callable[..., None]:
-    """The compiled end of the scans."""
-
-    def run(items: Array, scores: Array) -> None:
-        """Order each heap by (score descending, item ascending)."""
-        _ = sources
-        for r in range(uint64(len(items))):
-            row_scores, row_items = scores[r], items[r]
-            for n in range(items.shape[1] - 1, 0, -1):
-                size = uint64(n)
-                score, item = row_scores[size], row_items[size]
-                row_scores[size], row_items[size] = row_scores[0], row_items[0]
-                _replace_root(row_scores, row_items, size, score, item)
+                            flat[row + count] = key_of(score + float32(0), item)
+                            count += uint64(1)
+                            if count == slots:
+                                select(flat, row, row + slots, wanted)
+                                count = wanted
+                                threshold = score_of(flat[row + wanted - uint64(1)])
+            counts[r], thresholds[r] = count, threshold
 
     return entry_point(run)

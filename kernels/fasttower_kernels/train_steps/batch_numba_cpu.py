@@ -1,4 +1,4 @@
-"""What a step starts with: its batch, gathered through the shuffle, shared out by user, and scaled."""
+"""What a step starts with: its batch, gathered through the shuffle and shared out by user."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fasttower_kernels.compiled import OPTIONS, Array, float32, njit, uint32, uint64
+from fasttower_kernels.compiled import OPTIONS, Array, njit, uint32, uint64
 from fasttower_kernels.negatives.numba_cpu import TILE
 from fasttower_kernels.shuffle.numba_cpu import shuffle_tile
 from fasttower_kernels.vector_rows import prefetch
@@ -55,13 +55,6 @@ def gather(
                 users[to + before + w] = user_index[rows[w]]
                 positives[to + before + w] = item_index[rows[w]]
         rows, ahead = ahead, rows
-
-
-@njit(**OPTIONS)
-def scales_of(size: int, num_negatives: int, pairs: int, l2: float) -> tuple[float, float, float]:
-    """1 / divisor of a batch, and the L2 gradient's factors of a user's and an item's row, float32."""
-    divisor = size * pairs
-    return float32(1 / divisor), float32(2 * l2 / divisor), float32(4 * l2 / (1 + num_negatives) / divisor)
 
 
 @njit(**OPTIONS)

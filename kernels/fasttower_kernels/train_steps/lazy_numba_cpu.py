@@ -16,10 +16,10 @@ import numpy as np
 from fasttower_kernels.adam.numba_cpu import ROWS_A_WORD, catch_up_rows, touched_rows, update_rows
 from fasttower_kernels.compiled import OPTIONS, SOURCES, Array, entry_point, njit, uint32, uint64
 from fasttower_kernels.negatives.numba_cpu import TILE, count_free, draw_tile, redraw_touched
-from fasttower_kernels.sampled_bce.numba_cpu import CHUNK, Variant, add_batch
+from fasttower_kernels.sampled_bce.numba_cpu import CHUNK, Variant, add_batch, scales_of
 from fasttower_kernels.tables import Tables
 from fasttower_kernels.threads import wait
-from fasttower_kernels.train_steps.batch_numba_cpu import gather, scales_of, take_own
+from fasttower_kernels.train_steps.batch_numba_cpu import gather, take_own
 
 
 @njit(**OPTIONS)

@@ -29,7 +29,6 @@ import triton.language as tl
 from torch import Tensor
 
 from fasttower_kernels.adam.lazy_triton_gpu import catch_up_launch, catch_up_table_rows, decays
-from fasttower_kernels.adam.triton_gpu import table_arguments
 from fasttower_kernels.negatives.triton_gpu import draw_quad
 from fasttower_kernels.sampled_bce.triton_batch import batch_exclusion, batch_positives
 from fasttower_kernels.tables import Tables
@@ -81,6 +80,8 @@ def catch_up_batch_kernel(
     bias_gradients_ptr,
     bias_moments_1_ptr,
     bias_moments_2_ptr,
+    rounded_users_ptr,
+    rounded_items_ptr,
     user_stamps_ptr,
     item_stamps_ptr,
     rates_ptr,
@@ -120,6 +121,8 @@ def catch_up_batch_kernel(
         bias_gradients_ptr: zeroed likewise.
         bias_moments_1_ptr: first moment.
         bias_moments_2_ptr: second moment.
+        rounded_users_ptr: or None, like the next.
+        rounded_items_ptr: of the items.
         user_stamps_ptr: (U,), int32; the rows of the batch get the number of t's step in its epoch.
         item_stamps_ptr: (I,), int32, likewise.
         rates_ptr: (steps, 2), of `step_rates`.
@@ -178,6 +181,7 @@ def catch_up_batch_kernel(
             None,
             None,
             None,
+            rounded_users_ptr,
             rates_ptr,
             decays_ptr,
             user_index,
@@ -222,6 +226,7 @@ def catch_up_batch_kernel(
             bias_gradients_ptr,
             bias_moments_1_ptr,
             bias_moments_2_ptr,
+            rounded_items_ptr,
             rates_ptr,
             decays_ptr,
             item,
@@ -248,13 +253,21 @@ class LazyLaunches(NamedTuple):
     at_the_end: Launch
 
 
-def lazy_launches(state: TrainState, bce: Launch, rates: Tensor, *, lanes: int | None = None) -> LazyLaunches:
+def lazy_launches(
+    state: TrainState,
+    bce: Launch,
+    rates: Tensor,
+    *,
+    rounded: Tables | None = None,
+    lanes: int | None = None,
+) -> LazyLaunches:
     """What the lazy optimiser launches.
 
     Args:
         state: whose tables the steps update.
         bce: the fused kernel of the steps.
         rates: (steps, 2), of `step_rates`.
+        rounded: bfloat16 users and items that the fused kernel reads in the place of the state's; or None.
         lanes: of a warp; this machine's if not given.
     """
     tables: tuple[Tables, ...] = (state.parameters, state.gradients, state.moments_1, state.moments_2)
@@ -270,10 +283,11 @@ def lazy_launches(state: TrainState, bce: Launch, rates: Tensor, *, lanes: int |
         rates=rates,
         decays=decays(len(rates)).to(device),
         counters=bce.arguments["counters_ptr"],
+        rounded=rounded,
         lanes=lanes,
     )
-    own = table_arguments(*tables)
-    shared = {**bce.arguments, **at_the_end.arguments, **own}
+    # Both have tables; the fused kernel's may be the rounded ones.
+    shared = {**bce.arguments, **at_the_end.arguments}
     parts = 1 + triton.cdiv(bce.arguments["num_negatives"], 4)
     before = Launch(
         catch_up_batch_kernel,

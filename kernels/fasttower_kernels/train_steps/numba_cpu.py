@@ -29,16 +29,17 @@ from fasttower_kernels.compiled import (
     uint32,
     uint64,
 )
+from fasttower_kernels.errors import FastTowerError
 from fasttower_kernels.known_positives import KnownPositives
 from fasttower_kernels.membership import known_arrays
 from fasttower_kernels.negatives.numba_cpu import TILE
 from fasttower_kernels.philox import seed_key
-from fasttower_kernels.sampled_bce.numba_cpu import Variant, add_batch, variant_of
+from fasttower_kernels.sampled_bce.numba_cpu import Variant, add_batch, scales_of, variant_of
 from fasttower_kernels.shuffle import epoch_key
 from fasttower_kernels.shuffle.reference import round_keys
 from fasttower_kernels.tables import Interactions
 from fasttower_kernels.threads import run_in_threads, wait
-from fasttower_kernels.train_steps.batch_numba_cpu import gather, scales_of, take_own
+from fasttower_kernels.train_steps.batch_numba_cpu import gather, take_own
 from fasttower_kernels.train_steps.lazy_numba_cpu import compiled_lazy, row_arrays
 from fasttower_kernels.train_steps.state import StepSettings, TrainState, steps_per_epoch
 
@@ -151,6 +152,11 @@ def run_steps(
     num_steps: int,
 ) -> Tensor:
     """See the operator's `run_steps`. Bit for bit the same for the same `thread_count`."""
+    if settings.table_dtype != "float32":
+        raise FastTowerError(
+            f"table_dtype is {settings.table_dtype}, but on the CPU backend numba trains, which has float32 "
+            "alone; choose table_dtype float32, a CUDA device, or backend torch."
+        )
     num_rows, batch_size = len(interactions), settings.batch_size
     epoch, first_batch = divmod(first_step, steps_per_epoch(num_rows, batch_size))
     bits = (num_rows - 1).bit_length()

@@ -10,7 +10,7 @@ from fasttower_kernels.philox import seed_key
 from fasttower_kernels.sampled_bce.reference import draw_items, train_step
 from fasttower_kernels.shuffle import epoch_key
 from fasttower_kernels.shuffle.reference import shuffled_rows
-from fasttower_kernels.tables import Interactions
+from fasttower_kernels.tables import Interactions, Tables
 from fasttower_kernels.train_steps.state import StepSettings, TrainState, steps_per_epoch
 
 # Rows are shuffled this many at a time: one by one, batches of 1,024 would spend their time in launches.
@@ -52,7 +52,7 @@ def run_steps(
                 catch_up(*whole, last, used, count=step, learning_rate=settings.learning_rate)
             losses.append(
                 train_step(
-                    state.parameters,
+                    _as_read(state.parameters, settings),
                     state.gradients,
                     taken,
                     known_positives,
@@ -70,3 +70,11 @@ def run_steps(
         count = first_step + num_steps
         catch_up(*whole, last, everything, count=count, learning_rate=settings.learning_rate)
     return torch.stack(losses).cpu().double().sum()
+
+
+def _as_read(parameters: Tables, settings: StepSettings) -> Tables:
+    """The tables that the loss sees."""
+    if settings.table_dtype == "float32":
+        return parameters
+    users, items = (table.bfloat16().to(table) for table in (parameters.users, parameters.items))
+    return Tables(users, items, parameters.item_bias)

@@ -1,0 +1,59 @@
+"""What bfloat16 tables change in the loss of a trained run and in its gradients.
+
+    python -m benchmarks.bfloat16_error RUN
+
+A batch of the pairs that the run was fitted to, with negatives as in training, against float64 of the run's
+own tables: of the loss the relative error, of each gradient |difference| / |gradient| over the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+import fasttower
+from fasttower_kernels.philox import seed_key
+from fasttower_kernels.sampled_bce import LossSettings
+from fasttower_kernels.sampled_bce.reference import train_step
+from fasttower_kernels.shuffle import epoch_key
+from fasttower_kernels.shuffle.reference import shuffled_rows
+from fasttower_kernels.tables import Interactions, Tables
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--batches", type=int, default=3)
+    asked = parser.parse_args()
+    run = fasttower.load_run(asked.run)
+    config, known, tables = run.config, run.known_positives, run.model.tables
+    loss = LossSettings(config.num_negatives, run.metrics["l2"], config.loss_scale)
+    users = torch.repeat_interleave(torch.arange(known.num_users), known.degrees).int()
+    rows = shuffled_rows(torch.arange(len(users)), len(users), epoch_key(config.seed, 0))
+    rounded = [table.bfloat16().float() for table in (tables.users, tables.items)]
+    exact = Tables(*(table.double() for table in tables))
+    print(f"dim {config.embedding_dim}, {len(users):,} pairs, batches of {config.batch_size:,}")
+    for step, batch_rows in enumerate(rows.split(config.batch_size or 0)[: asked.batches]):
+        batch = Interactions(users[batch_rows], known.items[batch_rows].int())
+        call = (batch, known if config.exclude_known_positives else None, loss)
+        right = exact.zeros_like()
+        right_bce = train_step(exact, right, *call, key=seed_key(config.seed), step=step)
+        for name, read in (("float32", tables), ("bfloat16", Tables(*rounded, tables.item_bias))):
+            gradients = tables.zeros_like()
+            bce = train_step(read, gradients, *call, key=seed_key(config.seed), step=step)
+            errors = [
+                float((gradient.double() - exactly).norm() / exactly.norm())
+                for gradient, exactly in zip(gradients, right, strict=True)
+            ]
+            print(
+                f"batch {step}, {name}: loss {abs(float(bce) / float(right_bce) - 1):.1e}, "
+                f"gradients of users, items, bias {', '.join(f'{error:.1e}' for error in errors)}"
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""The cases of bfloat16 tables of `test_triton_interpreter`: run there, with TRITON_INTERPRET=1."""
+
+import os
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("TRITON_INTERPRET is not 1: run test_triton_interpreter.py", allow_module_level=True)
+
+from triton_interpreter_cases import (
+    SETTINGS,
+    doubled,
+    error,
+    known_positives,
+    lazy_example,
+    make_batch,
+    make_tables,
+)
+
+from fasttower_kernels import triton_tiles
+from fasttower_kernels.sampled_bce import LossSettings
+from fasttower_kernels.tables import Tables
+from fasttower_kernels.train_steps import StepSettings, TrainState
+from fasttower_kernels.train_steps import reference as steps_reference
+from fasttower_kernels.train_steps import triton_gpu as steps_triton
+
+BFLOAT16 = replace(SETTINGS, table_dtype="bfloat16")
+EDGE = 64
+
+
+@pytest.fixture(autouse=True)
+def _conversions(monkeypatch):
+    """The interpreter cuts off where a GPU rounds, and is wrong on subnormals: here torch converts."""
+    original = interpreter._convert_float
+
+    def convert(values, source, target, rounding_mode):
+        if (source, target) == (tl.bfloat16, tl.float32):
+            return np.asarray(values).view(np.uint16).astype(np.uint32) << 16
+        if (source, target) == (tl.float32, tl.bfloat16):
+            bits = torch.tensor(np.asarray(values)).bfloat16().view(torch.int16)
+            return bits.numpy().view(np.uint16)
+        return original(values, source, target, rounding_mode)
+
+    monkeypatch.setattr(interpreter, "_convert_float", convert)
+
+
+@pytest.fixture(autouse=True)
+def _modes():
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def _guarded_copies(monkeypatch):
+    """Rounded tables between NaN, which must be there afterwards, and start as NaN."""
+    wholes = []
+
+    def guarded(parameters):
+        arrays = []
+        for table in (parameters.users, parameters.items):
+            whole = torch.full((table.numel() + 2 * EDGE,), float("nan"), dtype=torch.bfloat16)
+            wholes.append(whole)
+            arrays.append(whole[EDGE:-EDGE].view(table.shape))
+        return Tables(*arrays, parameters.item_bias)
+
+    monkeypatch.setattr(steps_triton, "_rounded", guarded)
+    yield
+    assert all(bool(edge.isnan().all()) for whole in wholes for edge in (whole[:EDGE], whole[-EDGE:]))
+
+
+@pytest.fixture
+def large_programs(monkeypatch):
+    for block in triton_tiles.TILES:
+        monkeypatch.setitem(triton_tiles.TILES, block, triton_tiles.Tile(32, 1))
+
+
+def in_float64(state):
+    """A copy of the state; float32 numbers stay what they are, and round to the same bfloat16."""
+    return TrainState(
+        *(doubled(t) for t in (state.parameters, state.gradients, state.moments_1, state.moments_2))
+    )
+
+
+def check_copies(state):
+    """The tables that the loss reads are the masters, rounded."""
+    plan = steps_triton._plans[id(state)]
+    assert plan.read.users.equal(state.parameters.users.bfloat16())
+    assert plan.read.items.equal(state.parameters.items.bfloat16())
+    assert plan.read.item_bias is state.parameters.item_bias
+
+
+@pytest.mark.usefixtures("large_programs")
+@pytest.mark.parametrize(
+    ("dim", "bias", "optimiser", "deterministic"),
+    [
+        (6, True, "adam", False),
+        (16, False, "adam", True),
+        (37, True, "lazy_adam", False),
+        (6, False, "lazy_adam", True),
+    ],
+)
+def test_single_steps(dim, bias, optimiser, deterministic):
+    """Each against the reference from the same state, so that both round the same numbers."""
+    settings = replace(BFLOAT16, optimiser=optimiser)
+    call = (make_batch(26), known_positives())
+    state = TrainState.start(make_tables(dim, bias=bias))
+    for step in (4, 5):
+        # Somebody else may have changed the tables between calls.
+        state.parameters.items[:, 0] += 0.37
+        oracle, unrounded = in_float64(state), in_float64(state)
+        torch.use_deterministic_algorithms(deterministic)
+        bce = steps_triton.run_steps(state, *call, settings, first_step=step, num_steps=1)
+        torch.use_deterministic_algorithms(False)
+        dense = replace(settings, optimiser="adam")
+        expected = steps_reference.run_steps(oracle, *call, dense, first_step=step, num_steps=1)
+        steps_reference.run_steps(
+            unrounded, *call, replace(dense, table_dtype="float32"), first_step=step, num_steps=1
+        )
+        assert float(bce) == pytest.approx(float(expected), rel=1e-6)
+        for result, right in zip(
+            (*state.parameters, *state.moments_1), (*oracle.parameters, *oracle.moments_1), strict=True
+        ):
+            assert error(result, right) < 2e-6
+        assert error(state.moments_1.users, unrounded.moments_1.users) > 1e-4
+        assert not any(bool(gradient.any()) for gradient in state.gradients)
+        check_copies(state)
+
+
+@pytest.mark.parametrize(
+    ("optimiser", "deterministic"), [("adam", False), ("adam", True), ("lazy_adam", False)]
+)
+def test_steps_of_one_call(monkeypatch, optimiser, deterministic):
+    """The loss of a step reads what the step before has written; lazy rows are caught up when it does."""
+    # Two positives a program, so that rows are wanted by several programs.
+    monkeypatch.setitem(triton_tiles.TILES, 8, triton_tiles.Tile(2, 1))
+    interactions, known = lazy_example(5, 4)
+    settings = StepSettings(LossSettings(2, l2=0.01), 0.05, 4, 7, optimiser, "bfloat16")
+    tables = make_tables(5, num_users=10, num_items=47)
+    state = TrainState.start(Tables(*(table.clone() for table in tables)))
+    oracle = in_float64(state)
+    torch.use_deterministic_algorithms(deterministic)
+    bce = steps_triton.run_steps(state, interactions, known, settings, first_step=5, num_steps=5)
+    torch.use_deterministic_algorithms(False)
+    dense = replace(settings, optimiser="adam")
+    right = steps_reference.run_steps(oracle, interactions, known, dense, first_step=5, num_steps=5)
+    assert float(bce) == pytest.approx(float(right), rel=1e-5)
+    for result, expected, before in zip(state.parameters, oracle.parameters, tables, strict=True):
+        assert error(result.double() - before, expected - before) < 1e-4
+    check_copies(state)
+
+
+@pytest.mark.usefixtures("large_programs")
+@pytest.mark.parametrize("optimiser", ["adam", "lazy_adam"])
+def test_updates_too_small_for_bfloat16_add_up(optimiser):
+    settings = replace(BFLOAT16, optimiser=optimiser, learning_rate=1e-5)
+    tables = make_tables(4)
+    tables.users.fill_(1.0)  # its neighbours in bfloat16 are 2^-8 and 2^-7 away
+    state = TrainState.start(Tables(*(table.clone() for table in tables)))
+    oracle = in_float64(state)
+    for run, one in ((steps_triton.run_steps, state), (steps_reference.run_steps, oracle)):
+        run(one, make_batch(26), known_positives(), settings, first_step=0, num_steps=3)
+    moved = (state.parameters.users - 1).abs()
+    assert bool((moved[:, 0] > 0).any())
+    assert float(moved.max()) < 4e-5
+    torch.testing.assert_close(state.parameters.users.double(), oracle.parameters.users, rtol=0, atol=5e-7)
+    check_copies(state)
+    assert bool((steps_triton._plans[id(state)].read.users == 1).all())
+
+
+@pytest.mark.usefixtures("large_programs")
+def test_float32_has_no_copies():
+    state = TrainState.start(make_tables(4))
+    for settings in (BFLOAT16, SETTINGS):
+        steps_triton.run_steps(state, make_batch(5), None, settings, first_step=0, num_steps=1)
+    plan = steps_triton._plans[id(state)]
+    assert plan.rounded is None
+    assert plan.bce.arguments["users_ptr"] is state.parameters.users
+    assert plan.bce.arguments["items_ptr"] is state.parameters.items
+    assert plan.adam.arguments["rounded_users_ptr"] is plan.adam.arguments["rounded_items_ptr"] is None
+
+
+def test_room():
+    numbers = {"num_users": 100, "num_items": 30, "width": 8, "num_rows": 50, "num_known": 40}
+    plain = steps_triton.resident_bytes(**numbers)
+    rounded = steps_triton.resident_bytes(**numbers, table_dtype="bfloat16")
+    assert sum(rounded.values()) - sum(plain.values()) == 2 * 130 * 8
+    assert rounded["rounded tables"] == 2 * 130 * 8
