@@ -71,7 +71,6 @@ def read_run(path: Path) -> dict[str, Any]:
         config, metrics = _read_object(path / "config.json"), _read_object(path / "metrics.json")
         lines = (path / "history.jsonl").read_text().splitlines()
         users, items = (pl.read_parquet(path / f"{name}.parquet") for name in ("users", "items"))
-        known = load_file(path / "known_positives.safetensors")
         fields = {
             "model": TwoTower.from_saved(load_file(path / "model.safetensors")),
             "users": users,
@@ -82,7 +81,7 @@ def read_run(path: Path) -> dict[str, Any]:
             "history": [EpochRecord(**json.loads(line)) for line in lines],
             "recommendations": pl.read_parquet(path / "recommendations.parquet"),
             "metrics": metrics,
-            "known_positives": KnownPositives(known["indptr"], known["items"], items.height),
+            "known_positives": _read_known_positives(path / "known_positives.safetensors", items.height),
         }
         _check(**fields)
     except FileNotFoundError as error:
@@ -141,9 +140,12 @@ def _check(
 
 def _is_rows(indptr: Tensor, items: Tensor, num_users: int, num_items: int) -> bool:
     """Whether these are the compressed rows of a `KnownPositives`."""
-    if indptr.dtype != torch.int64 or items.dtype != torch.int32 or items.ndim != 1:
-        return False
-    if indptr.shape != (num_users + 1,) or int(indptr[0]) != 0 or int(indptr[-1]) != len(items):
+    if (
+        items.ndim != 1
+        or indptr.shape != (num_users + 1,)
+        or int(indptr[0]) != 0
+        or int(indptr[-1]) != len(items)
+    ):
         return False
     degrees = indptr[1:] - indptr[:-1]
     if (degrees < 0).any() or (len(items) and not 0 <= int(items.min()) <= int(items.max()) < num_items):
@@ -151,6 +153,14 @@ def _is_rows(indptr: Tensor, items: Tensor, num_users: int, num_items: int) -> b
     rows = torch.repeat_interleave(degrees)
     keys = rows * num_items + items
     return bool((keys[1:] > keys[:-1]).all())
+
+
+def _read_known_positives(path: Path, num_items: int) -> KnownPositives:
+    tensors = load_file(path)
+    try:
+        return KnownPositives(tensors["indptr"], tensors["items"], num_items)
+    except FastTowerError as error:
+        raise ValueError(f"{path.name}: {str(error).rstrip('.')}") from error
 
 
 def _read_object(path: Path) -> dict[str, Any]:
