@@ -27,6 +27,7 @@ from fasttower.versions import versions
 from fasttower_kernels.backends import choose_backend
 from fasttower_kernels.known_positives import KnownPositives
 from fasttower_kernels.tables import Interactions, padded
+from fasttower_kernels.train_steps.device_memory import check_device_memory, resident_bytes
 
 if TYPE_CHECKING:
     from typing import TypeAlias
@@ -212,11 +213,6 @@ def _check_memory(data: TrainingData, config: Config, device: torch.device, back
     """
     if backend != "triton":
         return
-    from fasttower_kernels.train_steps.triton_gpu import (  # noqa: PLC0415 - Triton is optional
-        check_device_memory,
-        resident_bytes,
-    )
-
     known = data.known_positives
     check_device_memory(
         resident_bytes(

@@ -25,7 +25,7 @@ from triton_interpreter_cases import (
 from fasttower_kernels import triton_tiles
 from fasttower_kernels.sampled_bce import LossSettings
 from fasttower_kernels.tables import Tables
-from fasttower_kernels.train_steps import StepSettings, TrainState
+from fasttower_kernels.train_steps import StepSettings, TrainState, device_memory
 from fasttower_kernels.train_steps import reference as steps_reference
 from fasttower_kernels.train_steps import triton_gpu as steps_triton
 
@@ -186,7 +186,7 @@ def test_float32_has_no_copies():
 
 def test_room():
     numbers = {"num_users": 100, "num_items": 30, "width": 8, "num_rows": 50, "num_known": 40}
-    plain = steps_triton.resident_bytes(**numbers)
-    rounded = steps_triton.resident_bytes(**numbers, table_dtype="bfloat16")
+    plain = device_memory.resident_bytes(**numbers)
+    rounded = device_memory.resident_bytes(**numbers, table_dtype="bfloat16")
     assert sum(rounded.values()) - sum(plain.values()) == 2 * 130 * 8
     assert rounded["rounded tables"] == 2 * 130 * 8

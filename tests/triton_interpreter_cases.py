@@ -28,7 +28,13 @@ from fasttower_kernels.sampled_bce import reference as bce_reference
 from fasttower_kernels.sampled_bce import triton_gpu as bce_triton
 from fasttower_kernels.shuffle import triton_gpu as shuffle_triton
 from fasttower_kernels.tables import Interactions, Tables, padded
-from fasttower_kernels.train_steps import StepSettings, TrainState, lazy_triton_gpu, steps_per_epoch
+from fasttower_kernels.train_steps import (
+    StepSettings,
+    TrainState,
+    device_memory,
+    lazy_triton_gpu,
+    steps_per_epoch,
+)
 from fasttower_kernels.train_steps import reference as steps_reference
 from fasttower_kernels.train_steps import triton_gpu as steps_triton
 
@@ -435,7 +441,7 @@ def test_no_room(monkeypatch):
 
 
 def test_room_is_checked_before_anything_is_copied(monkeypatch):
-    sizes = steps_triton.resident_bytes(
+    sizes = device_memory.resident_bytes(
         num_users=138_493, num_items=26_744, width=64, num_rows=20_000_263, num_known=20_000_263
     )
     assert sizes["tables, gradients and moments"] == 16 * (165_237 * 64 + 26_744)
@@ -443,9 +449,9 @@ def test_room_is_checked_before_anything_is_copied(monkeypatch):
     with pytest.raises(
         FastTowerError, match=r"0\.16 GiB for tables.*0\.15 GiB for positives.*0\.29 GiB of 8\.00"
     ):
-        steps_triton.check_device_memory(sizes, torch.device("cuda", 0))
+        device_memory.check_device_memory(sizes, torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (4 << 30, 8 << 30))
-    steps_triton.check_device_memory(sizes, torch.device("cuda", 0))
+    device_memory.check_device_memory(sizes, torch.device("cuda", 0))
 
 
 # ---- lazy Adam

@@ -38,8 +38,9 @@ from fasttower_kernels.sampled_bce.triton_gpu import (
 from fasttower_kernels.shuffle import epoch_key
 from fasttower_kernels.shuffle.triton_gpu import signed_round_keys
 from fasttower_kernels.tables import Interactions, Tables
+from fasttower_kernels.train_steps.device_memory import listed, resident_bytes
 from fasttower_kernels.train_steps.lazy_triton_gpu import lazy_launches
-from fasttower_kernels.train_steps.state import StepSettings, TableDtype, TrainState, steps_per_epoch
+from fasttower_kernels.train_steps.state import StepSettings, TrainState, steps_per_epoch
 from fasttower_kernels.triton_launch import device_scope, signed_word
 from fasttower_kernels.triton_tiles import warp_lanes
 
@@ -83,56 +84,6 @@ def run_steps(
             raise FastTowerError(_no_room(state, interactions, known_positives, settings)) from error
 
 
-def resident_bytes(
-    *,
-    num_users: int,
-    num_items: int,
-    width: int,
-    num_rows: int,
-    num_known: int,
-    bitmap: int = 0,
-    table_dtype: TableDtype = "float32",
-) -> dict[str, int]:
-    """What training holds in device memory, in bytes by name.
-
-    Args:
-        num_users: U.
-        num_items: I.
-        width: P, the padded width of a row.
-        num_rows: n, the positives.
-        num_known: nnz of the known positives; 0 without exclusion.
-        bitmap: its size, where there is one.
-        table_dtype: of the vectors that the loss reads.
-    """
-    return {
-        "tables, gradients and moments": 4 * 4 * ((num_users + num_items) * width + num_items),
-        "rounded tables": 2 * (num_users + num_items) * width if table_dtype == "bfloat16" else 0,
-        "positives": 8 * num_rows,
-        "known positives": 4 * num_known + 8 * (num_users + 1) if num_known else 0,
-        "bitmap of known positives": bitmap,
-    }
-
-
-def check_device_memory(sizes: dict[str, int], device: torch.device) -> None:
-    """Refuse, before anything is copied, what the device cannot hold.
-
-    Args:
-        sizes: of `resident_bytes`.
-        device: a CUDA device; others are not checked.
-
-    Raises:
-        FastTowerError: the sizes, and the memory that is free.
-    """
-    if device.type != "cuda":
-        return
-    free, total = torch.cuda.mem_get_info(device)
-    if sum(sizes.values()) > free:
-        raise FastTowerError(
-            f"training needs {_listed(sizes)}, but {device} has {_gib(free)} of {_gib(total)} free; "
-            "choose a smaller embedding_dim, fewer interactions, or device cpu."
-        )
-
-
 def _no_room(
     state: TrainState,
     interactions: Interactions,
@@ -154,17 +105,9 @@ def _no_room(
         # Items and coefficients, and what the sort makes of them: keys, order and as much to work in.
         sizes["pairs of the deterministic mode"] = (4 + 4 + 2 * (4 + 8)) * pairs
     return (
-        f"{state.parameters.users.device} ran out of memory; training needs {_listed(sizes)}: "
+        f"{state.parameters.users.device} ran out of memory; training needs {listed(sizes)}: "
         "choose a smaller batch_size or embedding_dim, or device cpu."
     )
-
-
-def _listed(sizes: dict[str, int]) -> str:
-    return ", ".join(f"{_gib(size)} for {name}" for name, size in sizes.items() if size)
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB"
 
 
 @dataclass(frozen=True)
