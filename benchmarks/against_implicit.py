@@ -60,7 +60,7 @@ PROTOCOL = dataclasses.replace(PRESETS["default"], data="ml-1m", min_rating=3, t
 VALID_FRACTIONS = (0.1, 0.2, 0.3)
 
 MODELS = {"implicit BPR": BayesianPersonalizedRanking, "implicit ALS": AlternatingLeastSquares}
-EPOCHS = {"implicit ALS": 10, "implicit BPR": 40}
+EPOCHS = {"implicit ALS": 10, "implicit BPR": 100}
 GRID: dict[str, dict[str, Sequence[float]]] = {
     "implicit ALS": {
         "factors": (8, 16, 32),
@@ -68,9 +68,9 @@ GRID: dict[str, dict[str, Sequence[float]]] = {
         "alpha": (1.0, 4.0, 16.0),
     },
     "implicit BPR": {
-        "factors": (16, 64),
-        "learning_rate": (0.003, 0.01, 0.03),
-        "regularization": (0.01, 0.1),
+        "factors": (2, 4, 8, 16, 64),
+        "learning_rate": (0.001, 0.003, 0.01),
+        "regularization": (0.003, 0.01, 0.03, 0.1, 0.3),
     },
 }
 
