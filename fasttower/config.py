@@ -150,7 +150,11 @@ class TrainingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Config(TrainingConfig, DataConfig):
-    """A whole run: data, model, training, recommendations."""
+    """A whole run: data, model, training, recommendations.
+
+    Each field is a flag of ``python -m fasttower.train --help``, which says what it does:
+    ``Config(embedding_dim=16)`` is ``--embedding-dim 16``.
+    """
 
     device: Device = "auto"
     """Where to train: auto takes CUDA, then MPS, then the CPU."""

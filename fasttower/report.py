@@ -115,6 +115,7 @@ class ConsoleObserver(FitObserver):
         if prepared.test_pairs_in_fit:
             self._console.print(
                 f"{prepared.test_pairs_in_fit:,} test pairs were there before the test cut too"
+                + ("; left out as seen, each is a miss (--no-filter-seen)" if config.filter_seen else "")
             )
 
     def on_training(self, device: str, backend: str, why: str, threads: int) -> None:

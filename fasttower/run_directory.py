@@ -84,7 +84,10 @@ def read_run(path: Path) -> dict[str, Any]:
             "known_positives": _read_known_positives(path / "known_positives.safetensors", items.height),
         }
         _check(**fields)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if not path.is_dir():
+            found = "it is a file" if path.exists() else "there is nothing of that name"
+            raise FastTowerError(f"{path} is not a run directory: {found}.") from error
         # Libraries say more than the name where they say the name at all.
         missing = [file for file in _FILES if not (path / file).exists()]
         found = f"{', '.join(missing)} not there" if missing else str(error)

@@ -60,6 +60,9 @@ def update_run(run: Run, interactions: Any, *, epochs: int, observer: Observer) 
         history = train(model, pairs, known, config, l2=l2, epochs=epochs, phase="update", observer=observer)
         recommendations = recommend_to_all(model, known, users, items, config)
     metrics = {
+        "test": {},
+        "popularity": {},
+        "test_users": 0,
         "l2": l2,
         "best_epoch": run.metrics["best_epoch"],
         "interrupted": observer.should_stop(),

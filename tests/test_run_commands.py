@@ -276,11 +276,13 @@ def test_info_says_what_the_run_is(ask, saved, run, tmp_path):
     assert code == 0
     assert "40 users, 60 items" in out
     assert f"{run.metrics['test']['NDCG@5']:.4f}" in out
+    assert f"{run.metrics['test_pairs_in_fit']} test pairs were left out as seen; each is a miss" in out
     epochs = run.metrics["best_epoch"]
     assert f"trained for {epochs} epoch{'s' * (epochs > 1)} with L2" in out
     run.update(pl.DataFrame({"user": ["x"], "item": ["y"]}), epochs=1).save(tmp_path / "updated")
     code, out, _ = ask("info", tmp_path / "updated")
     assert "update 1: 1 row, 1 new user, 1 new item, 1 epoch\n" in out
+    assert "not measured since its update; fasttower evaluate" in out
 
 
 def test_info_of_a_run_without_a_test_part(ask, ratings, tmp_path):
@@ -400,3 +402,25 @@ def test_what_goes_wrong_in_a_later_block_comes_out_as_itself(tmp_path, suffix, 
     with pytest.raises(error, match=r"^CUDA error: an illegal memory access$"):
         write_frames(frames(), tmp_path / f"out.{suffix}")
     assert not list(tmp_path.iterdir())
+
+
+def test_lists_of_ids_are_found_by_the_columns_named(ask, saved, tmp_path):
+    rows = pl.DataFrame({"Wer?": ["001", "002"], "Was": ["item 1", "item 2"], "Sterne": [5, 1]})
+    file = tmp_path / "rows.csv"
+    rows.write_csv(file)
+    assert ask("recommend", saved, "--users", file, "--user-column", "Wer?", "--k", 1)[0] == 0
+    assert ask("recommend", saved, "--user", "001", "--deny", file, "--item-column", "Was")[0] == 0
+    code, _, err = ask("recommend", saved, "--users", file)
+    assert code == 2
+    assert "no column of user ids is known among 'Wer?'" in err
+    code, _, err = ask("recommend", saved, "--new", file, "--user-column", "Wer?", "--item-column", "What")
+    assert code == 2
+    assert "no column 'What' (--item-column), and no column of item ids" in err
+
+
+@pytest.mark.parametrize(("name", "found"), [("rows.csv", "it is a file"), ("gone", "nothing of that name")])
+def test_what_is_no_directory_is_no_run(ask, name, found, tmp_path):
+    (tmp_path / "rows.csv").write_text("user,item")
+    code, _, err = ask("info", tmp_path / name)
+    assert code == 2
+    assert f"is not a run directory: {'there is ' * (name == 'gone')}{found}" in err

@@ -447,6 +447,7 @@ def test_an_update_takes_in_new_rows_new_users_and_new_items(run, ratings):
     assert history(updated, "001") == history(run, "001") | {"item 58", "a novelty", "0 first"}
     assert history(updated, "new") == {f"item {item}" for item in range(0, 16, 2)}
     assert updated.metrics["updates"] == [{"rows": 12, "new_users": 1, "new_items": 2, "epochs": 2}]
+    assert updated.metrics["test"] == updated.metrics["popularity"] == {}
     assert [record.phase for record in updated.history[-2:]] == ["update", "update"]
     assert set(updated.recommendations["user_id"]) == set(updated.users["user_id"])
     # The users keep what they liked: their own parity.

@@ -42,8 +42,11 @@ def run(arguments: Sequence[str]) -> int:
     if metrics.get("test"):
         table = metrics_frame(metrics["test"], metrics["popularity"])
         show_frame(table, f"test part: {metrics['test_users']:,} users")
-    elif "test" in metrics:
-        say("no test part; fasttower evaluate takes a later file")
+        if config.filter_seen and metrics["test_pairs_in_fit"]:
+            say(f"{metrics['test_pairs_in_fit']:,} test pairs were left out as seen; each is a miss")
+    else:
+        why = "not measured since its update" if metrics.get("updates") else "no test part"
+        say(f"{why}; fasttower evaluate takes a later file")
     for number, update in enumerate(metrics.get("updates", ()), start=1):
         nouns = {"rows": "row", "new_users": "new user", "new_items": "new item", "epochs": "epoch"}
         counts = ", ".join(counted_noun(update[field], noun) for field, noun in nouns.items())

@@ -29,10 +29,11 @@ def ids_from_words(words: Sequence[str], id_map: pl.DataFrame) -> pl.Series:
     return _as_in_run(text, id_map, "the command line")
 
 
-def ids_from_file(path: Path, id_map: pl.DataFrame) -> pl.Series:
+def ids_from_file(path: Path, id_map: pl.DataFrame, asked: str | None) -> pl.Series:
     """Ids from a file, in the type of the run's.
 
-    A .txt has one id a line; a csv, tsv or parquet file a column of a usual name, or one column alone.
+    A .txt has one id a line; a csv, tsv or parquet file the column asked for or one of a usual name, or one
+    column alone.
 
     Raises:
         FastTowerError: the file cannot be read, has no such column, or holds ids of another type.
@@ -47,7 +48,7 @@ def ids_from_file(path: Path, id_map: pl.DataFrame) -> pl.Series:
         else:
             lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
             rows = pl.LazyFrame({column: [line for line in lines if line]}, schema={column: pl.String})
-        name = find_id_column(rows.collect_schema().names(), column, str(path))
+        name = find_id_column(rows.collect_schema().names(), column, str(path), asked)
         ids = rows.select(pl.col(name).alias(column)).collect().to_series().drop_nulls()
     except (OSError, UnicodeDecodeError, pl.exceptions.PolarsError) as error:
         reason = str(error).strip().split("\n", maxsplit=1)[0]

@@ -39,9 +39,9 @@ class Flags:
     new: Path | None = None
     """A file of interactions of users who were not there at training, to recommend to instead."""
     user_column: str | None = None
-    """Column of user ids in --new; that of the run's data or a usual name if not given."""
+    """Column of user ids in --new or --users; that of the run's data or a usual name if not given."""
     item_column: str | None = None
-    """Column of item ids in --new."""
+    """Column of item ids in --new, --deny or --allow."""
     rating_column: str | None = None
     """Column of ratings in --new."""
     k: int = 10
@@ -72,18 +72,18 @@ def run(arguments: Sequence[str]) -> int:
     if flags.new is not None and (flags.user or flags.users):
         raise FastTowerError("--new is given with --user or --users; give one of them.")
     trained = load_run(flags.run, flags.device)
-    deny, allow = (_items(file, trained) for file in (flags.deny, flags.allow))
+    asked = with_columns(trained, flags.user_column, flags.item_column, flags.rating_column).config
+    deny, allow = (_items(file, trained, asked.item_column) for file in (flags.deny, flags.allow))
     users: pl.Series | None = None
     if flags.user or flags.users:
         named = [ids_from_words(flags.user, trained.users)] if flags.user else []
-        listed = [ids_from_file(flags.users, trained.users)] if flags.users else []
+        listed = [ids_from_file(flags.users, trained.users, asked.user_column)] if flags.users else []
         frames_of_ids = [ids.to_frame() for ids in named + listed]
         users = pl.concat(frames_of_ids, how="vertical_relaxed").to_series()
     elif flags.output is None and flags.new is None:
         users = trained.users["user_id"].head(_SHOWN_USERS)
 
     if flags.new is not None:
-        asked = with_columns(trained, flags.user_column, flags.item_column, flags.rating_column).config
         maps = (trained.users, trained.items)
         new = read_later_rows(flags.new, asked, rated=asked.min_rating is not None, like=maps)
         count = new["user_id"].n_unique()
@@ -119,11 +119,11 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _items(file: Path | None, trained: Run) -> pl.Series | None:
+def _items(file: Path | None, trained: Run, column: str | None) -> pl.Series | None:
     """The ids of a --deny or --allow file, with a word on those that are none of the run's."""
     if file is None:
         return None
-    ids = ids_from_file(file, trained.items)
+    ids = ids_from_file(file, trained.items, column)
     unknown = with_index(ids.unique().to_frame(), trained.items)["item_index"].null_count()
     if unknown:
         warn(f"{file}: {unknown:,} of {ids.n_unique():,} items are not in the run")

@@ -73,8 +73,9 @@ def find_columns(
             column = _first_known(bare, aliases)
             if column is None and role in _REQUIRED:
                 kind = role.removesuffix("_id")
+                missing = "" if wanted is None else f"no column {wanted!r} ({flag}), and "
                 raise FastTowerError(
-                    f"{name}: no column of {kind} ids is known among {listing}; name it with {flag}"
+                    f"{name}: {missing}no column of {kind} ids is known among {listing}; name it with {flag}"
                     " (or is its separator another, or its header missing?)"
                 )
         if column is not None:
@@ -86,17 +87,20 @@ def find_columns(
     return mapping
 
 
-def find_id_column(found: Sequence[str], role: str, name: str) -> str:
-    """The column of a list of ids: the one of a usual name, or the only one.
+def find_id_column(found: Sequence[str], role: str, name: str, asked: str | None = None) -> str:
+    """The column of a list of ids: the one asked for, the one of a usual name, or the only one.
 
     Args:
         found: the table's columns.
         role: "user_id" or "item_id".
         name: the table, for errors.
+        asked: a column to look for first.
 
     Raises:
-        FastTowerError: there are several, and none has a usual name.
+        FastTowerError: there are several, and none of them is it or has a usual name.
     """
+    if asked is not None and asked in found:
+        return asked
     column = _first_known(_bare(found), _ALIASES[role]) or (found[0] if len(found) == 1 else None)
     if column is None:
         listing = ", ".join(repr(column) for column in found[:20])

@@ -210,7 +210,8 @@ def _open_text(files: tuple[Path, ...], suffix: str, name: str) -> Table:
     if len(fields) < 2:
         raise FastTowerError(
             f"{name}: found no {separator!r} in its first line, {fields[0][:60]!r};"
-            f" expected the columns of a {suffix} file to be separated by it"
+            f" expected the columns of a {suffix} file to be separated by it. Write it so, or read it with"
+            " Polars or pandas and give the frame to fasttower.fit"
         )
 
     names = [field.strip().strip('"') for field in fields]
