@@ -413,9 +413,6 @@ def test_lists_of_ids_are_found_by_the_columns_named(ask, saved, tmp_path):
     code, _, err = ask("recommend", saved, "--users", file)
     assert code == 2
     assert "no column of user ids is known among 'Wer?'" in err
-    code, _, err = ask("recommend", saved, "--new", file, "--user-column", "Wer?", "--item-column", "What")
-    assert code == 2
-    assert "no column 'What' (--item-column), and no column of item ids" in err
 
 
 @pytest.mark.parametrize(("name", "found"), [("rows.csv", "it is a file"), ("gone", "nothing of that name")])
@@ -424,3 +421,48 @@ def test_what_is_no_directory_is_no_run(ask, name, found, tmp_path):
     code, _, err = ask("info", tmp_path / name)
     assert code == 2
     assert f"is not a run directory: {'there is ' * (name == 'gone')}{found}" in err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("001\n002\n", "its first line should name the column, and is '001', an id of the run"),
+        ("item_id\n001\n", "no column of user ids is known among 'item_id'"),
+    ],
+)
+def test_a_list_whose_first_line_is_no_name_loses_no_id(ask, saved, tmp_path, text, message):
+    file = tmp_path / "users.csv"
+    file.write_text(text)
+    code, _, err = ask("recommend", saved, "--users", file)
+    assert code == 2
+    assert message in err
+    file.write_text("whoever\n001\n")
+    assert ask("recommend", saved, "--users", file)[0] == 0
+
+
+@pytest.mark.parametrize("flag", ["--user-column", "--item-column", "--rating-column"])
+def test_a_column_that_is_named_has_to_be_there(ask, saved, tmp_path, flag):
+    file = tmp_path / "later.csv"
+    file.write_text("user,item\n001,item 1\n")
+    for command in (("recommend", saved, "--new"), ("evaluate", saved, "--test")):
+        code, _, err = ask(*command, file, flag, "nope")
+        assert code == 2
+        assert f"no column 'nope' ({flag}); its columns are 'user', 'item'" in err
+
+
+def test_what_is_skipped_is_said(ask, saved, tmp_path):
+    _, _, err = ask("recommend", saved, "--user", "001", "nobody", "--unknown", "skip")
+    assert "1 of 2 users are not in the run" in err
+    file = tmp_path / "new.csv"
+    file.write_text("user,item\nnew,item 1\nnew,nothing\n")
+    _, _, err = ask("recommend", saved, "--new", file, "--unknown", "skip")
+    assert "1 of 2 items are not in the run" in err
+
+
+def test_low_ratings_of_newcomers_are_said(ask, ratings, tmp_path):
+    fasttower.fit(ratings, dataclasses.replace(CONFIG, min_rating=3.0, epochs=1)).save(tmp_path / "run")
+    file = tmp_path / "new.csv"
+    file.write_text("user,item,rating\nnew,item 1,2\nnew,item 2,5\n")
+    code, _, err = ask("recommend", tmp_path / "run", "--new", file)
+    assert code == 0
+    assert "1 of 2 rows are rated below the run's min_rating of 3" in err

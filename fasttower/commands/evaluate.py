@@ -52,7 +52,7 @@ def run(arguments: Sequence[str]) -> int:
     flags = parse(Flags, arguments, prog="fasttower evaluate", description=DESCRIPTION)
     check_output(flags.output)
     trained = load_run(flags.run, flags.device)
-    trained = with_columns(trained, flags.user_column, flags.item_column, flags.rating_column)
+    trained = with_columns(trained, flags.test, flags.user_column, flags.item_column, flags.rating_column)
     found = trained.evaluate(flags.test, flags.metrics, flags.k, filter_seen=flags.filter_seen)
     table = metrics_frame(found.metrics, found.popularity)
     if found.cold_rows:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
-from fasttower.data.columns import find_id_column
+from fasttower.data.columns import check_named, find_id_column
+from fasttower.data.sources import open_table
 from fasttower.errors import FastTowerError, whole_number
 from fasttower.run import Run
 
@@ -48,7 +50,13 @@ def ids_from_file(path: Path, id_map: pl.DataFrame, asked: str | None) -> pl.Ser
         else:
             lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
             rows = pl.LazyFrame({column: [line for line in lines if line]}, schema={column: pl.String})
-        name = find_id_column(rows.collect_schema().names(), column, str(path), asked)
+        found = rows.collect_schema().names()
+        name = find_id_column(found, column, str(path), asked)
+        if len(found) == 1 and name in id_map[column].cast(pl.String):
+            raise FastTowerError(
+                f"{path}: its first line should name the column, and is {name!r}, an id of the run; write"
+                f" {column} above it."
+            )
         ids = rows.select(pl.col(name).alias(column)).collect().to_series().drop_nulls()
     except (OSError, UnicodeDecodeError, pl.exceptions.PolarsError) as error:
         reason = str(error).strip().split("\n", maxsplit=1)[0]
@@ -95,13 +103,26 @@ def bytes_from_text(text: str | None) -> int | None:
 
 
 def with_columns(
-    run: Run, user_column: str | None, item_column: str | None, rating_column: str | None
+    run: Run,
+    file: Path | None,
+    user_column: str | None,
+    item_column: str | None,
+    rating_column: str | None,
 ) -> Run:
-    """The run, looking for these columns in later files where they are given."""
+    """The run, looking for these columns in later files where they are given.
+
+    Raises:
+        FastTowerError: the file, if there is one, does not have one of them.
+    """
+    if file is not None:
+        named = {"--user-column": user_column, "--item-column": item_column, "--rating-column": rating_column}
+        # What cannot be read is told about where it is.
+        with open_table(str(file)) as table, suppress(pl.exceptions.PolarsError):
+            check_named(table.scan({}).collect_schema().names(), named, table.name)
     given: dict[str, Any] = {
         "user_column": user_column,
         "item_column": item_column,
         "rating_column": rating_column,
     }
-    named = {field: column for field, column in given.items() if column is not None}
-    return dataclasses.replace(run, config=dataclasses.replace(run.config, **named))
+    changes = {field: column for field, column in given.items() if column is not None}
+    return dataclasses.replace(run, config=dataclasses.replace(run.config, **changes))

@@ -72,7 +72,8 @@ def run(arguments: Sequence[str]) -> int:
     if flags.new is not None and (flags.user or flags.users):
         raise FastTowerError("--new is given with --user or --users; give one of them.")
     trained = load_run(flags.run, flags.device)
-    asked = with_columns(trained, flags.user_column, flags.item_column, flags.rating_column).config
+    columns = flags.user_column, flags.item_column, flags.rating_column
+    asked = with_columns(trained, flags.new, *columns).config
     deny, allow = (_items(file, trained, asked.item_column) for file in (flags.deny, flags.allow))
     users: pl.Series | None = None
     if flags.user or flags.users:
@@ -80,6 +81,8 @@ def run(arguments: Sequence[str]) -> int:
         listed = [ids_from_file(flags.users, trained.users, asked.user_column)] if flags.users else []
         frames_of_ids = [ids.to_frame() for ids in named + listed]
         users = pl.concat(frames_of_ids, how="vertical_relaxed").to_series()
+        if flags.unknown == "skip":
+            _warn_of_unknown("--user, --users", users, trained.users)
     elif flags.output is None and flags.new is None:
         users = trained.users["user_id"].head(_SHOWN_USERS)
 
@@ -87,7 +90,16 @@ def run(arguments: Sequence[str]) -> int:
         maps = (trained.users, trained.items)
         new = read_later_rows(flags.new, asked, rated=asked.min_rating is not None, like=maps)
         count = new["user_id"].n_unique()
-        frames = with_columns(trained, "user_id", "item_id", "rating").recommend_new_in_blocks(
+        if flags.unknown == "skip":
+            _warn_of_unknown(str(flags.new), new["item_id"], trained.items)
+        if asked.min_rating is not None and "rating" in new.columns:
+            low = int((new["rating"] < asked.min_rating).sum())
+            if low:
+                warn(
+                    f"{low:,} of {len(new):,} rows are rated below the run's min_rating of"
+                    f" {asked.min_rating:g}: taken for seen, not for liked"
+                )
+        frames = with_columns(trained, None, "user_id", "item_id", "rating").recommend_new_in_blocks(
             new,
             flags.k,
             filter_seen=flags.filter_seen,
@@ -120,11 +132,17 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _items(file: Path | None, trained: Run, column: str | None) -> pl.Series | None:
-    """The ids of a --deny or --allow file, with a word on those that are none of the run's."""
+    """The ids of a --deny or --allow file."""
     if file is None:
         return None
     ids = ids_from_file(file, trained.items, column)
-    unknown = with_index(ids.unique().to_frame(), trained.items)["item_index"].null_count()
-    if unknown:
-        warn(f"{file}: {unknown:,} of {ids.n_unique():,} items are not in the run")
+    _warn_of_unknown(str(file), ids, trained.items)
     return ids
+
+
+def _warn_of_unknown(where: str, ids: pl.Series, id_map: pl.DataFrame) -> None:
+    """A word on ids that are none of the run's."""
+    column, index = id_map.columns[:2]
+    unknown = with_index(ids.unique().to_frame(), id_map)[index].null_count()
+    if unknown:
+        warn(f"{where}: {unknown:,} of {ids.n_unique():,} {column.removesuffix('_id')}s are not in the run")

@@ -73,9 +73,8 @@ def find_columns(
             column = _first_known(bare, aliases)
             if column is None and role in _REQUIRED:
                 kind = role.removesuffix("_id")
-                missing = "" if wanted is None else f"no column {wanted!r} ({flag}), and "
                 raise FastTowerError(
-                    f"{name}: {missing}no column of {kind} ids is known among {listing}; name it with {flag}"
+                    f"{name}: no column of {kind} ids is known among {listing}; name it with {flag}"
                     " (or is its separator another, or its header missing?)"
                 )
         if column is not None:
@@ -90,6 +89,8 @@ def find_columns(
 def find_id_column(found: Sequence[str], role: str, name: str, asked: str | None = None) -> str:
     """The column of a list of ids: the one asked for, the one of a usual name, or the only one.
 
+    The only one is not it where its name is a usual one of something else.
+
     Args:
         found: the table's columns.
         role: "user_id" or "item_id".
@@ -101,11 +102,33 @@ def find_id_column(found: Sequence[str], role: str, name: str, asked: str | None
     """
     if asked is not None and asked in found:
         return asked
-    column = _first_known(_bare(found), _ALIASES[role]) or (found[0] if len(found) == 1 else None)
+    bare = _bare(found)
+    column = _first_known(bare, _ALIASES[role])
+    others = (aliases for other, aliases in _ALIASES.items() if other != role)
+    if column is None and len(found) == 1 and not any(_first_known(bare, aliases) for aliases in others):
+        column = found[0]
     if column is None:
         listing = ", ".join(repr(column) for column in found[:20])
         raise FastTowerError(f"{name}: no column of {role.removesuffix('_id')} ids is known among {listing}")
     return column
+
+
+def check_named(found: Sequence[str], named: Mapping[str, str | None], name: str) -> None:
+    """Check that columns are there.
+
+    Args:
+        found: the table's columns.
+        named: the column that each flag names, or None.
+        name: the table, for errors.
+
+    Raises:
+        FastTowerError: one is not.
+    """
+    bare = _bare(found)
+    for flag, column in named.items():
+        if column is not None and column not in found and column not in bare:
+            listing = ", ".join(repr(column) for column in found[:20])
+            raise FastTowerError(f"{name}: no column {column!r} ({flag}); its columns are {listing}")
 
 
 def _bare(found: Sequence[str]) -> dict[str, str]:
