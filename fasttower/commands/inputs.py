@@ -114,15 +114,11 @@ def with_columns(
     Raises:
         FastTowerError: the file, if there is one, does not have one of them.
     """
-    if file is not None:
-        named = {"--user-column": user_column, "--item-column": item_column, "--rating-column": rating_column}
+    given = {"user_column": user_column, "item_column": item_column, "rating_column": rating_column}
+    changes: dict[str, Any] = {field: column for field, column in given.items() if column is not None}
+    if file is not None and changes:
+        named = {f"--{field.replace('_', '-')}": column for field, column in changes.items()}
         # What cannot be read is told about where it is.
         with open_table(str(file)) as table, suppress(pl.exceptions.PolarsError):
             check_named(table.scan({}).collect_schema().names(), named, table.name)
-    given: dict[str, Any] = {
-        "user_column": user_column,
-        "item_column": item_column,
-        "rating_column": rating_column,
-    }
-    changes = {field: column for field, column in given.items() if column is not None}
     return dataclasses.replace(run, config=dataclasses.replace(run.config, **changes))

@@ -13,7 +13,7 @@ from fasttower.cli import parse
 from fasttower.commands.inputs import bytes_from_text, ids_from_file, ids_from_words, with_columns
 from fasttower.commands.output import check_output, counted, say, show_frame, warn, write_frames
 from fasttower.config import Device
-from fasttower.data.later_rows import read_later_rows
+from fasttower.data.later_rows import positives, read_later_rows
 from fasttower.errors import FastTowerError
 from fasttower.retrieval.ids import Unknown, with_index
 from fasttower.run import Run, load_run
@@ -92,13 +92,11 @@ def run(arguments: Sequence[str]) -> int:
         count = new["user_id"].n_unique()
         if flags.unknown == "skip":
             _warn_of_unknown(str(flags.new), new["item_id"], trained.items)
-        if asked.min_rating is not None and "rating" in new.columns:
-            low = int((new["rating"] < asked.min_rating).sum())
-            if low:
-                warn(
-                    f"{low:,} of {len(new):,} rows are rated below the run's min_rating of"
-                    f" {asked.min_rating:g}: taken for seen, not for liked"
-                )
+        if low := len(new) - len(positives(new, asked.min_rating)):
+            warn(
+                f"{low:,} of {len(new):,} rows are rated below the run's min_rating of"
+                f" {asked.min_rating:g}: taken for seen, not for liked"
+            )
         frames = with_columns(trained, None, "user_id", "item_id", "rating").recommend_new_in_blocks(
             new,
             flags.k,

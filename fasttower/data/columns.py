@@ -59,22 +59,21 @@ def find_columns(
         FastTowerError: no column of users or items, or a column that was asked for is not there.
     """
     bare = _bare(found)
-    listing = ", ".join(repr(column) for column in found[:20])
     mapping: dict[str, str] = {}
     for role, aliases in _ALIASES.items():
         flag = f"--{role.removesuffix('_id')}-column"
         wanted = asked.get(role)
         column = None
         if wanted is not None:
+            if insist:
+                check_named(found, {flag: wanted}, name)
             column = wanted if wanted in found else bare.get(wanted)
-            if column is None and insist:
-                raise FastTowerError(f"{name}: no column {wanted!r} ({flag}); its columns are {listing}")
         if column is None:
             column = _first_known(bare, aliases)
             if column is None and role in _REQUIRED:
                 kind = role.removesuffix("_id")
                 raise FastTowerError(
-                    f"{name}: no column of {kind} ids is known among {listing}; name it with {flag}"
+                    f"{name}: no column of {kind} ids is known among {_listed(found)}; name it with {flag}"
                     " (or is its separator another, or its header missing?)"
                 )
         if column is not None:
@@ -108,17 +107,17 @@ def find_id_column(found: Sequence[str], role: str, name: str, asked: str | None
     if column is None and len(found) == 1 and not any(_first_known(bare, aliases) for aliases in others):
         column = found[0]
     if column is None:
-        listing = ", ".join(repr(column) for column in found[:20])
-        raise FastTowerError(f"{name}: no column of {role.removesuffix('_id')} ids is known among {listing}")
+        kind = role.removesuffix("_id")
+        raise FastTowerError(f"{name}: no column of {kind} ids is known among {_listed(found)}")
     return column
 
 
-def check_named(found: Sequence[str], named: Mapping[str, str | None], name: str) -> None:
+def check_named(found: Sequence[str], named: Mapping[str, str], name: str) -> None:
     """Check that columns are there.
 
     Args:
         found: the table's columns.
-        named: the column that each flag names, or None.
+        named: the column that each flag names.
         name: the table, for errors.
 
     Raises:
@@ -126,9 +125,13 @@ def check_named(found: Sequence[str], named: Mapping[str, str | None], name: str
     """
     bare = _bare(found)
     for flag, column in named.items():
-        if column is not None and column not in found and column not in bare:
-            listing = ", ".join(repr(column) for column in found[:20])
-            raise FastTowerError(f"{name}: no column {column!r} ({flag}); its columns are {listing}")
+        if column not in found and column not in bare:
+            raise FastTowerError(f"{name}: no column {column!r} ({flag}); its columns are {_listed(found)}")
+
+
+def _listed(found: Sequence[str]) -> str:
+    """The columns for a message; of many the first."""
+    return ", ".join(repr(column) for column in found[:20])
 
 
 def _bare(found: Sequence[str]) -> dict[str, str]:

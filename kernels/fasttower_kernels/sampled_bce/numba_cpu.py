@@ -441,7 +441,7 @@ def _run(
         known_arrays(known_positives),
         (settings.num_negatives, uint64(parameters.items.shape[0]), uint32(key[0]), uint32(key[1])),
         uint32(step),
-        (settings.pairs, settings.l2),
+        (settings.pairs, float(settings.l2)),
     )
     return torch.tensor(loss, dtype=torch.float64)
 
