@@ -391,6 +391,7 @@ def test_the_budget_is_kept():
         assert max((peak for name, _, peak in peaks if name == way), default=least + 1) > least, peaks
 
 
+@needs_numba
 def test_calls_that_overlap_leave_torch_its_threads():
     def later_thread():
         numbers = []
@@ -400,6 +401,7 @@ def test_calls_that_overlap_leave_torch_its_threads():
         return numbers[0]
 
     torch.set_num_threads(3)
+    numba_cpu._matmul_threads.forget()  # those that other tests have made
     generator = torch.Generator().manual_seed(0)
     users, items = (torch.randn(n, 8, generator=generator) for n in (3000, 2000))
     calls = [Thread(target=top_k, args=(users[:n], items), kwargs={"k": 5}) for n in (1000, 3000, 2000)]

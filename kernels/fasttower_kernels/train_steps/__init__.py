@@ -70,8 +70,7 @@ def run_steps(
         raise FastTowerError(
             f"{num_steps} steps from step {first_step} leave its epoch of {per_epoch} steps; ask for fewer."
         )
-    check_step(first_step)
-    check_step(first_step + num_steps - 1)
+    check_step(first_step + num_steps - 1)  # the first is of the same epoch, and below 0 with it
     run = implementation(__name__, backend, state.parameters.users.device)
     others = {"gradients": state.gradients, "moments_1": state.moments_1, "moments_2": state.moments_2}
     check_tables(state.parameters, others, fused=run is not reference)
