@@ -9,7 +9,7 @@ from enum import IntEnum
 from fasttower_kernels.errors import FastTowerError
 from fasttower_kernels.philox.reference import philox4x32
 
-__all__ = ["Key", "Purpose", "derive_key", "philox4x32", "seed_key"]
+__all__ = ["Key", "Purpose", "derive", "derive_key", "philox4x32", "seed_key"]
 
 Key = tuple[int, int]
 
@@ -22,6 +22,7 @@ class Purpose(IntEnum):
     RANDOM_SPLIT = 3
     INITIAL_TABLES = 4
     SYNTHETIC = 5
+    SHARED_NEGATIVES = 6
 
 
 def seed_key(seed: int) -> Key:
@@ -35,11 +36,16 @@ def seed_key(seed: int) -> Key:
     return seed & 0xFFFFFFFF, seed >> 32
 
 
-def derive_key(seed: int, purpose: Purpose, index: int = 0) -> Key:
-    """The key of a use other than the training negatives.
+def derive(key: Key, purpose: Purpose, index: int = 0) -> Key:
+    """The key of another use of a key's stream.
 
-    The first two words of Philox(key = seed; counter = (index, 0, purpose, 2**32 - 1)). Training counters end
-    in an attempt number of at most 16, so no training draw shares a counter with a key.
+    The first two words of Philox(key; counter = (index, 0, purpose, 2**32 - 1)). Training counters end in an
+    attempt number of at most 16, so no training draw shares a counter with a key.
     """
-    words = philox4x32(seed_key(seed), (index, 0, int(purpose), 0xFFFFFFFF))
+    words = philox4x32(key, (index, 0, int(purpose), 0xFFFFFFFF))
     return words[0], words[1]
+
+
+def derive_key(seed: int, purpose: Purpose, index: int = 0) -> Key:
+    """The key of a use other than the training negatives: `derive` from `seed_key`."""
+    return derive(seed_key(seed), purpose, index)

@@ -1,0 +1,11 @@
+"""BCE in plain torch."""
+
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from fasttower_kernels.losses.reference import Scores
+
+
+def values(scores: Scores) -> Tensor:
+    """The loss of each positive: (B,)."""
+    return softplus(-scores.positive) + (softplus(scores.negatives) * scores.counted).sum(1)

@@ -1,0 +1,1 @@
+"""Positives that draw negatives of their own: gather, dot product, scatter."""
