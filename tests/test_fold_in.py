@@ -7,10 +7,13 @@ import pytest
 import torch
 from torch.nn.functional import softplus
 
-from fasttower.training import fold_in as module
+import fasttower.training.fold_in as module
+import fasttower.training.fold_in.items as items_module
+from fasttower.errors import FastTowerError
 from fasttower.training.fold_in import fold_in
 from fasttower_kernels.known_positives import KnownPositives
-from fasttower_kernels.sampled_bce import LossSettings
+from fasttower_kernels.losses import LossSettings
+from fasttower_kernels.negatives import Negatives, NegativeSettings
 
 NUM_USERS, NUM_ITEMS, DIM = 13, 37, 5
 
@@ -27,107 +30,167 @@ def made_up(scale=1.0, num_items=NUM_ITEMS):
     return known, touched, vectors, torch.randn(num_items, generator=generator)
 
 
-def expected_loss(u, touched, vectors, bias, settings, exclude):
+LOSSES = {
+    "bce": LossSettings(user_l2=0.05),
+    "gbce": LossSettings("gbce", user_l2=0.05),
+    "bpr": LossSettings("bpr", user_l2=0.05),
+    "softmax": LossSettings("softmax", user_l2=0.05),
+}
+NEGATIVES = {
+    "uniform": NegativeSettings(count=10),
+    "one": NegativeSettings(count=1),
+    "none": NegativeSettings(count=0),
+    "popularity": NegativeSettings("popularity", count=4),
+    "shared": NegativeSettings("shared", count=20),
+    "mixed": NegativeSettings("mixed", count=5, block_size=16),
+}
+
+
+def negatives_of(settings, known, *, exclude=True):
+    counts = torch.arange(known.num_items) % 7
+    known = known if exclude else None
+    return Negatives(settings, NUM_USERS, NUM_ITEMS if known is None else known.num_items, known, counts, 100)
+
+
+def expected_loss(u, touched, vectors, bias, loss, negatives):
     """Of one user, in float64: the training loss of its positives on the mean over the negatives."""
+    settings, num_items = negatives.settings, len(vectors)
     logits = vectors.double() @ u + bias.double()
-    drawn = ~touched if exclude else torch.ones_like(touched)
-    loss = softplus(-logits[touched]).mean() + settings.l2 * (u * u).sum()
-    if drawn.any():
-        loss = loss + settings.num_negatives * softplus(logits[drawn]).mean()
-    return loss
+    free = ~touched if negatives.known_positives is not None else torch.ones_like(touched)
+    counts = negatives.item_counts.double().clamp(min=0.5)
+    rates = torch.full((num_items,), settings.count / num_items, dtype=torch.float64)
+    if settings.proposal == "popularity":
+        rates = settings.count * counts**0.75 / (counts**0.75).sum()
+    if settings.proposal == "mixed":
+        rates = rates + settings.block_size * counts / 100
+    if negatives.known_positives is not None and not settings.is_shared:
+        rates = rates * rates.sum() / rates[free].sum().clamp(min=1e-12)
+    positives, drawn, rates = logits[touched], logits[free], rates[free]
+    beta = 1.0
+    if loss.name == "gbce":
+        share = min(1.0, settings.count / (num_items if settings.is_shared else max(int(free.sum()), 1)))
+        beta = 1 - loss.calibration * (1 - share)
+    value = loss.user_l2 * (u * u).sum() * (loss.similarity == "dot")
+    if loss.name == "softmax":
+        return value + (torch.logaddexp(positives, drawn.logsumexp(0)) - positives).mean()
+    if loss.name == "bpr":
+        return value + (softplus(drawn[None] - positives[:, None]) @ rates).mean()
+    return value + beta * softplus(-positives).mean() + rates @ softplus(drawn)
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("negatives", NEGATIVES)
 @pytest.mark.parametrize("exclude", [True, False])
-@pytest.mark.parametrize(("negatives", "l2"), [(10, 0.05), (1, 0.5), (0, 0.01)])
 @pytest.mark.parametrize("scale", [1.0, 30.0])
-def test_the_vectors_are_where_the_loss_has_no_slope(exclude, negatives, l2, scale):
+def test_the_vectors_are_where_the_loss_has_no_slope(loss, negatives, exclude, scale):
+    if LOSSES[loss].name == "gbce" and negatives in ("popularity", "mixed"):
+        return
     known, touched, vectors, bias = made_up(scale)
-    settings = LossSettings(negatives, l2)
-    found = fold_in(known, vectors, bias, settings, exclude_known_positives=exclude)
+    loss, negatives = LOSSES[loss], negatives_of(NEGATIVES[negatives], known, exclude=exclude)
+    found = fold_in(known, vectors, bias, loss, negatives)
     assert found.shape == (NUM_USERS, DIM)
-    for user in range(1, NUM_USERS):
+    for user in range(1 if not exclude else 2, NUM_USERS):
         u = found[user].double().requires_grad_()
-        loss = expected_loss(u, touched[user], vectors, bias, settings, exclude)
-        (slope,) = torch.autograd.grad(loss, u)
+        value = expected_loss(u, touched[user], vectors, bias, loss, negatives)
+        (slope,) = torch.autograd.grad(value, u)
         # A slope of g costs less than |g|^2 / (4 l2) in the loss, which is at least 2 l2 convex.
-        assert float(slope.norm() ** 2 / (4 * l2)) < 1e-5 * float(loss.detach())
+        assert float(slope.norm() ** 2 / (4 * loss.user_l2)) < 2e-5 * (1 + float(value.detach()))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_with_cosine_the_vectors_are_the_best_on_their_sphere(name):
+    known, touched, vectors, bias = made_up()
+    vectors = torch.nn.functional.normalize(vectors, dim=1)
+    loss = LossSettings(name, similarity="cosine", temperature=0.25)
+    negatives = negatives_of(NegativeSettings(count=10), known)
+    found = fold_in(known, vectors, bias, loss, negatives)
+    torch.testing.assert_close(found[1:].norm(dim=1), torch.full((NUM_USERS - 1,), 4.0))
+    for user in range(2, NUM_USERS):
+        u = found[user].double().requires_grad_()
+        value = expected_loss(u, touched[user], vectors, bias, loss, negatives)
+        (slope,) = torch.autograd.grad(value, u)
+        along = slope - (slope @ u) * u / 16
+        assert float(along.norm()) < 2e-3 * (1 + float(slope.norm()))
 
 
 def test_a_full_step_that_would_overshoot_is_cut_short():
     # Where every logit starts far below zero the loss is all slope and no curvature.
     known, touched, vectors, _ = made_up(3.0)
     bias = torch.full((NUM_ITEMS,), -30.0)
-    settings = LossSettings(10, 0.001)
-    found = fold_in(known, vectors, bias, settings, exclude_known_positives=True)
+    loss, negatives = LossSettings(user_l2=0.001), negatives_of(NegativeSettings(count=10), known)
+    found = fold_in(known, vectors, bias, loss, negatives)
     for user in range(1, NUM_USERS):
         u = found[user].double().requires_grad_()
-        loss = expected_loss(u, touched[user], vectors, bias, settings, exclude=True)
-        (slope,) = torch.autograd.grad(loss, u)
+        value = expected_loss(u, touched[user], vectors, bias, loss, negatives)
+        (slope,) = torch.autograd.grad(value, u)
         assert float(slope.norm()) < 1e-2
+
+
+UNIFORM = NegativeSettings(count=10)
 
 
 def test_a_user_who_touched_nothing_is_left_to_the_bias():
     known, _, vectors, bias = made_up()
-    assert (fold_in(known, vectors, bias, LossSettings(), exclude_known_positives=True)[0] == 0).all()
+    assert (fold_in(known, vectors, bias, LossSettings(), negatives_of(UNIFORM, known))[0] == 0).all()
 
 
 def test_no_bias_counts_as_a_bias_of_zero():
     known, _, vectors, bias = made_up()
-    without = fold_in(known, vectors, None, LossSettings(l2=0.1), exclude_known_positives=True)
-    zeros = fold_in(
-        known, vectors, torch.zeros_like(bias), LossSettings(l2=0.1), exclude_known_positives=True
-    )
-    assert without.equal(zeros)
-
-
-def test_the_loss_scale_changes_nothing_as_it_scales_l2_as_well():
-    known, _, vectors, bias = made_up()
-    one, other = (
-        fold_in(known, vectors, bias, LossSettings(10, 0.1, scale), exclude_known_positives=True)
-        for scale in ("positives", "pairs")
-    )
-    assert one.equal(other)
+    loss, negatives = LossSettings(user_l2=0.1), negatives_of(UNIFORM, known)
+    without = fold_in(known, vectors, None, loss, negatives)
+    assert without.equal(fold_in(known, vectors, torch.zeros_like(bias), loss, negatives))
 
 
 @pytest.mark.parametrize("tile_bytes", [1 << 10, 1])
-def test_chunks_of_users_and_tiles_of_items_change_rounding_alone(monkeypatch, tile_bytes):
+@pytest.mark.parametrize("name", ["bce", "softmax"])
+def test_chunks_of_users_and_tiles_of_items_change_only_rounding(monkeypatch, tile_bytes, name):
     known, _, vectors, bias = made_up()
-    whole = fold_in(known, vectors, bias, LossSettings(l2=0.1), exclude_known_positives=True)
+    loss, negatives = LossSettings(name, user_l2=0.1), negatives_of(UNIFORM, known)
+    whole = fold_in(known, vectors, bias, loss, negatives)
     monkeypatch.setattr(module, "_CHUNK_USERS", 3)
-    monkeypatch.setattr(module, "_TILE_BYTES", tile_bytes)  # 17 items, and one
-    parts = fold_in(known, vectors, bias, LossSettings(l2=0.1), exclude_known_positives=True)
+    monkeypatch.setattr(items_module, "TILE_BYTES", tile_bytes)  # 17 items, and one
+    parts = fold_in(known, vectors, bias, loss, negatives)
     torch.testing.assert_close(parts, whole, rtol=1e-3, atol=1e-4)
 
 
 def test_without_l2_the_vectors_are_finite():
     known, _, vectors, bias = made_up()
-    found = fold_in(known, vectors, bias, LossSettings(0, 0.0), exclude_known_positives=True)
+    negatives = negatives_of(NegativeSettings(count=0), known)
+    found = fold_in(known, vectors, bias, LossSettings(), negatives)
     assert found.isfinite().all()
     assert float(found.norm(dim=1).max()) < 1e3
 
 
-def test_a_sample_of_a_large_catalogue_stands_for_it(monkeypatch):
-    known, touched, vectors, bias = made_up(num_items=4001)
-    settings = LossSettings(10, 0.1)
-    exact = fold_in(known, vectors, bias, settings, exclude_known_positives=True)
-    monkeypatch.setattr(module, "_MOST_DRAWN_ITEMS", 2000)
-    sampled = fold_in(known, vectors, bias, settings, exclude_known_positives=True)
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_sample_of_a_large_catalogue_stands_for_it(monkeypatch, name):
+    known, touched, vectors, bias = made_up(num_items=2001)
+    loss = LossSettings(name, user_l2=0.1)
+    negatives = Negatives(UNIFORM, NUM_USERS, 2001, known, torch.ones(2001), 100)
+    exact = fold_in(known, vectors, bias, loss, negatives)
+    monkeypatch.setattr(items_module, "MOST_ITEMS", 1500)
+    sampled = fold_in(known, vectors, bias, loss, negatives)
     assert not sampled.equal(exact)
     for user in range(2, NUM_USERS):
         losses = [
-            float(expected_loss(found[user].double(), touched[user], vectors, bias, settings, exclude=True))
+            float(expected_loss(found[user].double(), touched[user], vectors, bias, loss, negatives))
             for found in (exact, sampled)
         ]
-        assert losses[1] < 1.002 * losses[0]
+        assert losses[1] < 1.005 * losses[0]
 
 
 def test_it_repeats_bit_for_bit():
     known, _, vectors, bias = made_up()
-    first, second = (
-        fold_in(known, vectors, bias, LossSettings(), exclude_known_positives=True) for _ in range(2)
-    )
+    negatives = negatives_of(UNIFORM, known)
+    first, second = (fold_in(known, vectors, bias, LossSettings(), negatives) for _ in range(2))
     assert first.equal(second)
     assert math.isfinite(float(first.sum()))
+
+
+def test_hard_negatives_have_no_closed_form_and_say_so():
+    known, _, vectors, bias = made_up()
+    negatives = negatives_of(NegativeSettings(count=2, pool=9), known)
+    with pytest.raises(FastTowerError, match=r"pool of 9.*update the run"):
+        fold_in(known, vectors, bias, LossSettings(), negatives)
 
 
 @pytest.mark.slow

@@ -40,7 +40,9 @@ def make_known():
 def make_negatives(settings, *, exclude=True):
     generator = torch.Generator().manual_seed(0)
     users = torch.randint(NUM_USERS, (300,), generator=generator, dtype=torch.int32)
-    items = (torch.rand(300, generator=generator).square() * (NUM_ITEMS - 1)).int()  # the last one is not there
+    items = (
+        torch.rand(300, generator=generator).square() * (NUM_ITEMS - 1)
+    ).int()  # the last one is not there
     return Negatives.of(
         settings, Interactions(users, items), NUM_USERS, NUM_ITEMS, make_known() if exclude else None
     )
@@ -60,58 +62,57 @@ def _value(positive, negatives, log_q, beta, name):
     return torch.stack(corrected).logsumexp(0) - positive
 
 
-def _lists(batch, negatives, logit, table):
-    """For each positive: its negatives and their log q."""
+def _touched(known, user):
+    return set() if known is None else set(known.items[known.indptr[user] : known.indptr[user + 1]].tolist())
+
+
+def _own(batch, negatives, logit):
+    """For each positive its negatives and their log q; None for one without."""
     settings, known = negatives.settings, negatives.known_positives
-    if not settings.is_shared:
-        p = negatives.item_counts.double().clone() if negatives.item_counts is not None else None
-        if p is not None:
-            p[p == 0] = p[p > 0].min() / 2
-            p = p**settings.popularity_power
-            p /= p.sum()
-        drawn = draw(
-            batch.user_index,
-            settings.drawn,
-            NUM_ITEMS,
-            key=KEY,
-            step=STEP,
-            known_positives=known,
-            popularity=negatives.popularity,
-        )
-        for b, user in enumerate(batch.user_index.tolist()):
-            touched = set() if known is None else set(known.items[known.indptr[user] : known.indptr[user + 1]].tolist())
-            free = NUM_ITEMS - len(touched)
-            if not free:
-                yield None
-                continue
-            pairs = []
-            for item, by_rank in zip(drawn.items[b].tolist(), drawn.by_rank[b].tolist(), strict=True):
-                q = settings.drawn / free
-                if settings.proposal == "popularity" and not by_rank:
-                    q = settings.drawn * float(p[item]) / (1 - sum(float(p[i]) for i in touched))
-                pairs.append((item, math.log(q)))
-            if settings.pool:
-                pairs.sort(key=lambda pair: -logit(user, pair[0]).item())  # stable
-                pairs = pairs[: settings.count]
-            yield pairs
-        return
-    size = settings.block_size
-    for b, (user, own) in enumerate(zip(batch.user_index.tolist(), batch.item_index.tolist(), strict=True)):
-        block = b // size
-        positives = batch.item_index[block * size : (block + 1) * size].tolist()
-        touched = set() if known is None else set(known.items[known.indptr[user] : known.indptr[user + 1]].tolist())
+    p = torch.ones(NUM_ITEMS, dtype=torch.float64)
+    if settings.proposal == "popularity":
+        p = negatives.item_counts.double()
+        p[p == 0] = p[p > 0].min() / 2
+        p = p**settings.popularity_power
+    p = (p / p.sum()).tolist()
+    kept = {"known_positives": known, "popularity": negatives.popularity}
+    drawn = draw(batch.user_index, settings.drawn, NUM_ITEMS, key=KEY, step=STEP, **kept)
+    for b, user in enumerate(batch.user_index.tolist()):
+        touched = _touched(known, user)
         if len(touched) == NUM_ITEMS:
             yield None
             continue
-        drawn = []
-        if settings.proposal != "in-batch":
-            drawn = draw_list(block, settings.count, NUM_ITEMS, key=KEY, step=STEP, device=torch.device("cpu"))
-            drawn = drawn.tolist()
-        items = drawn + (positives if settings.proposal != "shared" else [])
         pairs = []
-        for item in items:
+        for item, by_rank in zip(drawn.items[b].tolist(), drawn.by_rank[b].tolist(), strict=True):
+            uniform = settings.drawn / (NUM_ITEMS - len(touched))
+            q = uniform if by_rank else settings.drawn * p[item] / (1 - sum(p[i] for i in touched))
+            pairs.append((item, math.log(q)))
+        if settings.pool:
+            pairs.sort(key=lambda pair: -logit(user, pair[0]).item())  # stable
+            pairs = pairs[: settings.count]
+        yield pairs
+
+
+def _shared(batch, negatives):
+    """For each positive its negatives and their log q; None for one without."""
+    settings, known = negatives.settings, negatives.known_positives
+    size = settings.block_size
+    for b, (user, own) in enumerate(zip(batch.user_index.tolist(), batch.item_index.tolist(), strict=True)):
+        touched = _touched(known, user)
+        if len(touched) == NUM_ITEMS:
+            yield None
+            continue
+        block = b // size
+        drawn, positives = [], []
+        if settings.proposal != "in-batch":
+            cpu = torch.device("cpu")
+            drawn = draw_list(block, settings.count, NUM_ITEMS, key=KEY, step=STEP, device=cpu).tolist()
+        if settings.proposal != "shared":
+            positives = batch.item_index[block * size : (block + 1) * size].tolist()
+        pairs = []
+        for item in drawn + positives:
             q = len(drawn) / NUM_ITEMS
-            if settings.proposal != "shared":
+            if positives:
                 q += len(positives) * max(float(negatives.item_counts[item]), 0.5) / negatives.num_rows
             if item != own and item not in touched:
                 pairs.append((item, math.log(q)))
@@ -131,7 +132,8 @@ def oracle(tables, batch, negatives, loss):
         return u @ v + (bias[0][item] if bias else 0)
 
     total = values = torch.zeros((), dtype=torch.float64)
-    for b, pairs in enumerate(_lists(batch, negatives, logit, tables)):
+    lists = _shared(batch, negatives) if settings.is_shared else _own(batch, negatives, logit)
+    for b, pairs in enumerate(lists):
         if pairs is None:
             continue
         user, positive = int(batch.user_index[b]), int(batch.item_index[b])
@@ -143,7 +145,11 @@ def oracle(tables, batch, negatives, loss):
             a = min(settings.count / free, 1)
             beta = a * (loss.calibration * (1 - 1 / a) + 1 / a) if a else 1 - loss.calibration
         value = _value(
-            logit(user, positive), [logit(user, item) for item, _ in pairs], [q for _, q in pairs], beta, loss.name
+            logit(user, positive),
+            [logit(user, item) for item, _ in pairs],
+            [q for _, q in pairs],
+            beta,
+            loss.name,
         )
         count = settings.scored
         norms = loss.user_l2 * users[user] @ users[user]

@@ -16,7 +16,9 @@ LOSSES = {
     "gbce": LossSettings("gbce", 0.8, item_l2=0.2),
     "bpr": LossSettings("bpr"),
     "softmax": LossSettings("softmax", user_l2=0.1),
-    "softmax, cosine": LossSettings("softmax", similarity="cosine", temperature=0.4, user_l2=0.1, item_l2=0.2),
+    "softmax, cosine": LossSettings(
+        "softmax", similarity="cosine", temperature=0.4, user_l2=0.1, item_l2=0.2
+    ),
     "bce, cosine": LossSettings(similarity="cosine", temperature=1.5),
 }
 NEGATIVES = {

@@ -30,5 +30,7 @@ class Scores(NamedTuple):
 
 def loss_values(scores: Scores, settings: LossSettings) -> Tensor:
     """The loss of each positive, without L2: (B,)."""
-    values: Tensor = importlib.import_module(f"fasttower_kernels.losses.{settings.name}.reference").values(scores)
+    values: Tensor = importlib.import_module(f"fasttower_kernels.losses.{settings.name}.reference").values(
+        scores
+    )
     return values

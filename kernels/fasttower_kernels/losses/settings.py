@@ -16,8 +16,9 @@ Similarity = Literal["dot", "cosine"]
 class LossSettings:
     """The loss of a positive and its negatives.
 
-    A logit is ``x = <u, v> + bias``, or with cosine similarity ``<u, v> / (|u| |v| temperature) + bias``, where
-    a norm below 1e-8 counts as 1e-8. The batch's loss is the mean over its B positives of the loss's value and
+    A logit is ``x = <u, v> + bias``, or with cosine similarity ``<u, v> / (|u| |v| temperature) + bias``,
+    where a norm below 1e-8 counts as 1e-8. The batch's loss is the mean over its B positives of the loss's
+    value and
 
         user_l2 |u|^2 + 2 / (N + 1) * sum_{j in {+, k}} (item_l2 |v_j|^2 + bias_l2 bias_j^2)
 
@@ -53,7 +54,9 @@ class LossSettings:
                 )
         for field in ("user_l2", "item_l2", "bias_l2"):
             if not 0 <= getattr(self, field) < math.inf:
-                raise FastTowerError(f"{field} is {getattr(self, field)}; expected a finite number, 0 or more.")
+                raise FastTowerError(
+                    f"{field} is {getattr(self, field)}; expected a finite number, 0 or more."
+                )
         if not 0 < self.temperature < math.inf:
             raise FastTowerError(f"temperature is {self.temperature}; expected a finite number above 0.")
         if not 0 <= self.calibration <= 1:

@@ -1,4 +1,4 @@
-"""Negatives: items drawn uniformly for each positive, by default from those that its user has not touched."""
+"""Negatives: items drawn for each positive or for a block, by default those that the user has not touched."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from fasttower_kernels.backends import Backend, implementation
 from fasttower_kernels.checks import check_index, check_known_positives, check_step
 from fasttower_kernels.errors import FastTowerError
 from fasttower_kernels.known_positives import KnownPositives
+from fasttower_kernels.negatives.popularity import Popularity
+from fasttower_kernels.negatives.proposal import Negatives
 from fasttower_kernels.negatives.reference import ATTEMPTS
+from fasttower_kernels.negatives.settings import NegativeSettings, Proposal
 from fasttower_kernels.philox import Key
 
-__all__ = ["ATTEMPTS", "sample_negatives"]
+__all__ = ["ATTEMPTS", "NegativeSettings", "Negatives", "Popularity", "Proposal", "sample_negatives"]
 
 
 def sample_negatives(
@@ -22,6 +25,7 @@ def sample_negatives(
     key: Key,
     step: int,
     known_positives: KnownPositives | None = None,
+    popularity: Popularity | None = None,
     first_position: int = 0,
     backend: Backend = "auto",
 ) -> Tensor:
@@ -38,6 +42,7 @@ def sample_negatives(
         key: of the stream of negatives.
         step: t, 0 <= t < 2**32: the training step.
         known_positives: what to leave out; None draws from the whole catalogue.
+        popularity: what to draw by; None draws uniformly.
         first_position: the batch position of ``user_index[0]``, where a batch is handled in parts.
         backend: the implementation.
 
@@ -69,6 +74,7 @@ def sample_negatives(
         key=key,
         step=step,
         known_positives=known_positives,
+        popularity=popularity,
         first_position=first_position,
     )
     return negatives

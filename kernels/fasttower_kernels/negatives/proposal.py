@@ -18,12 +18,9 @@ from fasttower_kernels.tables import Interactions
 class Negatives:
     """Where a step gets its negatives from.
 
-    Attributes:
-        settings: of the draws.
-        num_users: U.
-        num_items: I.
-        known_positives: what negatives leave out; None draws from the whole catalogue.
-        item_counts: (I,), int64: how often each item stands in the n rows of the part that is trained on; None
+    Attributes: settings: of the draws. num_users: U. num_items: I. known_positives: what negatives leave out;
+        None draws from the whole catalogue. item_counts: (I,), int64: how often each item stands in the n
+        rows of the part that is trained on; None
             where the proposal does not read it.
         num_rows: n.
     """
@@ -65,16 +62,35 @@ class Negatives:
 
         An item that is not masked stands ``b * rate[item] + drawn`` times among the negatives of a positive,
         on average, where b are the positives of its block: an item of the block is item i with the share
-        ``count_i / n``, and each of the M drawn ones with 1 / I. Masking takes items away and draws none anew,
-        so a user's known positives do not change it.
+        ``count_i / n``, and each of the M drawn ones with 1 / I. Masking takes items away and draws none
+        anew, so a user's known positives do not change it.
 
         Returns:
             rate, (I,), float32; and drawn, M / I.
         """
-        device = self.known_positives.items.device if self.known_positives is not None else None
-        rate = torch.zeros(self.num_items, device=device)
-        if self.item_counts is not None:
-            # An item that was never seen is not in a block of the part that is trained on, but may be in one of
-            # another part: it counts as half a row, like in the popularity proposal.
-            rate = (self.item_counts.double().clamp(min=0.5) / max(self.num_rows, 1)).float()
+        counts, known = self.item_counts, self.known_positives
+        tensor = counts if counts is not None else known.items if known is not None else None
+        rate = torch.zeros(self.num_items, device=None if tensor is None else tensor.device)
+        if self.settings.proposal in ("in-batch", "mixed"):
+            assert counts is not None  # `of` counts them
+            # An item that was never seen is not in a block of the part that is trained on, but may be in one
+            # of another part: it counts as half a row, like in the popularity proposal.
+            rate = (counts.double().clamp(min=0.5) / max(self.num_rows, 1)).float()
         return rate, self.settings.drawn / self.num_items
+
+    @cached_property
+    def item_rates(self) -> Tensor:
+        """How often an item is expected among a positive's negatives, if its user knows nothing: (I,), float32.
+
+        Of a full block where negatives are shared. Where each positive has its own, a drawn item that the
+        user knows is drawn again, so that the others' rates grow to the same sum; see `redraws`.
+        """
+        if self.popularity is not None:
+            return self.settings.drawn * self.popularity.log_p.exp()
+        rate, drawn = self.list_rates
+        return self.settings.block_size * rate + drawn if self.settings.is_shared else rate * 0 + drawn
+
+    @property
+    def redraws(self) -> bool:
+        """Whether a drawn item that the user knows is drawn again, rather than masked or kept."""
+        return self.known_positives is not None and not self.settings.is_shared

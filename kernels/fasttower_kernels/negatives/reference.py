@@ -5,13 +5,14 @@ Philox(key; b, k // 4, t, attempt) as ``word * I >> 32``. A negative by populari
 lanes ``2 (k % 2)`` and ``2 (k % 2) + 1`` of Philox(key; b, k // 2, t, attempt), for the cell and the side of
 an alias table.
 
-Without exclusion, attempt 0 is the draw. With exclusion, an item that the user has touched is drawn again with
-the next attempt; after 16 attempts the (first) word of attempt 16 gives a rank, ``word * (I - degree) >> 32``,
-among the untouched items, found by the gap search. So a uniform negative is uniform over the untouched items
-however many the user has touched, and one by popularity follows the popularity of the untouched items.
+Without exclusion, attempt 0 is the draw. With exclusion, an item that the user has touched is drawn again
+with the next attempt; after 16 attempts the (first) word of attempt 16 gives a rank, ``word * (I - degree) >>
+32``, among the untouched items, found by the gap search. So a uniform negative is uniform over the untouched
+items however many the user has touched, and one by popularity follows the popularity of the untouched items.
 
 A list that a block of positives shares is drawn uniformly over the catalogue: item m of block c with the word
-in lane ``m % 4`` of Philox(list_key(key); c, m // 4, t, 0). What a user has touched is masked, not drawn again.
+in lane ``m % 4`` of Philox(list_key(key); c, m // 4, t, 0). What a user has touched is masked, not drawn
+again.
 """
 
 from __future__ import annotations
@@ -120,9 +121,10 @@ def sample_negatives(
 
 
 def log_expected(batch: Interactions, drawn: Drawn, negatives: Negatives) -> Tensor:
-    """log q of drawn negatives, float32, (B, N) or (B, 1): how often each is expected among its positive's.
+    """Logarithms of q of drawn negatives, float32, (B, N) or (B, 1): how often each is expected among its positive's.
 
-    Uniform: N / (I - degree). By popularity: N p / (1 - P_u), P_u the mass of the user's known positives; what
+    Uniform: N / (I - degree). By popularity: N p / (1 - P_u), P_u the mass of the user's known positives;
+        what
     came from the gap search is uniform.
     """
     users, known = batch.user_index.long(), negatives.known_positives

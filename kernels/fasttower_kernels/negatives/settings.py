@@ -17,8 +17,8 @@ MAX_BLOCK_SIZE = 1 << 14
 class NegativeSettings:
     """Where the negatives of a positive come from.
 
-    Attributes:
-        proposal: uniform and popularity draw ``count`` negatives for each positive. The others score a block of
+    Attributes: proposal: uniform and popularity draw ``count`` negatives for each positive. The others score
+        a block of
             positives against one list: shared draws it uniformly, in-batch takes the block's own items, mixed
             takes both.
         count: N, drawn for each positive or for each block, 0 or more; in-batch does not read it.
@@ -38,14 +38,15 @@ class NegativeSettings:
         """Check the ranges."""
         if self.proposal not in get_args(Proposal):
             raise FastTowerError(
-                f"the negatives' proposal is {self.proposal!r}; expected one of {', '.join(get_args(Proposal))}."
+                f"the negatives' proposal is {self.proposal!r}; expected one of "
+                f"{', '.join(get_args(Proposal))}."
             )
         if self.count < 0:
             raise FastTowerError(f"the number of negatives is {self.count}; expected 0 or more.")
         if self.pool and (self.is_shared or not max(self.count, 1) <= self.pool):
             raise FastTowerError(
-                f"the pool of hard negatives is {self.pool} for {self.count} {self.proposal} negatives; expected "
-                "0, or at least as many as are kept, with uniform or popularity."
+                f"the pool of hard negatives is {self.pool} for {self.count} {self.proposal} negatives; "
+                "expected 0, or at least as many as are kept, with uniform or popularity."
             )
         if not 0 <= self.popularity_power < math.inf:
             raise FastTowerError(

@@ -27,16 +27,10 @@ def batch_loss(
 ) -> tuple[Tensor, Tensor]:
     """The loss of a batch, left to autograd.
 
-    Args:
-        user_vectors: (B, D): row b is the vector of positive b's user.
-        item_vectors: (I, D).
-        item_bias: (I,), or None.
-        batch: the B positives.
-        negatives: where they come from.
-        loss: of a positive.
-        key: of the stream of negatives.
-        step: t.
-        first_position: the batch position of the first positive, where a batch is handled in parts; with shared
+    Args: user_vectors: (B, D): row b is the vector of positive b's user. item_vectors: (I, D). item_bias:
+        (I,), or None. batch: the B positives. negatives: where they come from. loss: of a positive. key: of
+        the stream of negatives. step: t. first_position: the batch position of the first positive, where a
+        batch is handled in parts; with shared
             negatives a multiple of the block size.
 
     Returns:
@@ -85,7 +79,7 @@ def loss_sum(
     step: int,
     first_position: int = 0,
 ) -> Tensor:
-    """The sum of the values of a batch, without L2 and without gradients: what the validation loss is made of."""
+    """The sum of the values of a batch, without L2: what the validation loss is made of."""
     return batch_loss(
         parameters.users[batch.user_index.long()],
         parameters.items,

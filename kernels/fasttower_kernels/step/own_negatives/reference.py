@@ -4,8 +4,9 @@ With x the logits of a batch's B positives and their N negatives each:
 
     loss = 1/B * sum_b w_b * [ value(x_b+, x_b1 .. x_bN) + L2 term of `LossSettings` ]
 
-where w_b is 0 for a user who has touched every item and 1 otherwise. Of hard negatives, a pool of M is drawn and
-the N with the largest logits are kept, of equal ones those drawn first; no gradient passes through the choice.
+where w_b is 0 for a user who has touched every item and 1 otherwise. Of hard negatives, a pool of M is drawn
+and the N with the largest logits are kept, of equal ones those drawn first; no gradient passes through the
+choice.
 """
 
 from __future__ import annotations

@@ -50,7 +50,9 @@ def batch_loss(
         rows = slice(begin, begin + size)
         block = Interactions(batch.user_index[rows], batch.item_index[rows])
         number = (first_position + begin) // size
-        parts = _block_loss(user_vectors[rows], item_vectors, item_bias, block, number, negatives, loss, key, step)
+        parts = _block_loss(
+            user_vectors[rows], item_vectors, item_bias, block, number, negatives, loss, key, step
+        )
         total, value = total + parts[0], value + parts[1]
     return total / loss.divisor(len(batch), settings.scored), value.detach()
 
