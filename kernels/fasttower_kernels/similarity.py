@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from fasttower_kernels.losses import LossSettings
+from fasttower_kernels.settings import LossSettings
 
 LEAST_NORM = 1e-8
 """A norm below it counts as this; gradients do not pass through such a norm."""

@@ -4,11 +4,10 @@ import pytest
 import torch
 from step.oracle import KEY, STEP, make_batch, make_negatives, make_tables, oracle
 
-from fasttower_kernels.losses import LossSettings
-from fasttower_kernels.negatives.settings import NegativeSettings
-from fasttower_kernels.step import gradients_reference
+from fasttower_kernels.settings import LossSettings, NegativeSettings
+from fasttower_kernels.step.gradients import reference
 
-BACKENDS = {"torch": gradients_reference}
+BACKENDS = {"torch": reference}
 
 LOSSES = {
     "bce": LossSettings(user_l2=0.3, item_l2=0.2, bias_l2=0.1),

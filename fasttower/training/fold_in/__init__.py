@@ -19,7 +19,7 @@ from fasttower.training.fold_in.items import ChunkItems
 from fasttower.training.fold_in.newton import Objective, minimise
 from fasttower.training.fold_in.softmax import Softmax
 from fasttower_kernels.known_positives import KnownPositives
-from fasttower_kernels.losses import LossName, LossSettings
+from fasttower_kernels.settings import LossName, LossSettings
 from fasttower_kernels.negatives import Negatives
 
 _PROBLEMS: dict[LossName, type[BCE] | type[BPR] | type[Softmax]] = {

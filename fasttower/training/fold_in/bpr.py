@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from fasttower.training.fold_in.items import ChunkItems
-from fasttower_kernels.losses import LossSettings
+from fasttower_kernels.settings import LossSettings
 from fasttower_kernels.negatives import Negatives
 
 # Pairs of a user that are handled together: the touched items of a busy user go in pieces.

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from fasttower.training.fold_in.items import ChunkItems, Symmetric
-from fasttower_kernels.losses import LossSettings
+from fasttower_kernels.settings import LossSettings
 from fasttower_kernels.negatives import Negatives
 
 _NEVER = -1e30  # the logarithm of nothing, in numbers that can be subtracted

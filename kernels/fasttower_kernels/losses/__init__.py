@@ -3,7 +3,3 @@
 A loss is a folder with one small file per language: `reference` (plain torch, the specification), `numba_cpu`
 and `triton_gpu`. The steps call it for a tile of positives and know nothing of its formula.
 """
-
-from fasttower_kernels.losses.settings import LossName, LossSettings, Similarity
-
-__all__ = ["LossName", "LossSettings", "Similarity"]

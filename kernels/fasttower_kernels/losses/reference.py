@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fasttower_kernels.losses.settings import LossSettings
+from fasttower_kernels.settings import LossSettings
 
 
 class Scores(NamedTuple):

@@ -11,10 +11,9 @@ from fasttower_kernels.known_positives import KnownPositives
 from fasttower_kernels.negatives.popularity import Popularity
 from fasttower_kernels.negatives.proposal import Negatives
 from fasttower_kernels.negatives.reference import ATTEMPTS
-from fasttower_kernels.negatives.settings import NegativeSettings, Proposal
 from fasttower_kernels.philox import Key
 
-__all__ = ["ATTEMPTS", "NegativeSettings", "Negatives", "Popularity", "Proposal", "sample_negatives"]
+__all__ = ["ATTEMPTS", "Negatives", "Popularity", "sample_negatives"]
 
 
 def sample_negatives(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fasttower_kernels.known_positives import KnownPositives
 from fasttower_kernels.negatives.popularity import Popularity, popularity
-from fasttower_kernels.negatives.settings import NegativeSettings
+from fasttower_kernels.settings import NegativeSettings
 from fasttower_kernels.tables import Interactions
 
 
@@ -80,7 +80,8 @@ class Negatives:
 
     @cached_property
     def item_rates(self) -> Tensor:
-        """How often an item is expected among a positive's negatives, if its user knows nothing: (I,), float32.
+        """How often an item is expected among a positive's negatives, if its user knows nothing: (I,),
+        float32.
 
         Of a full block where negatives are shared. Where each positive has its own, a drawn item that the
         user knows is drawn again, so that the others' rates grow to the same sum; see `redraws`.

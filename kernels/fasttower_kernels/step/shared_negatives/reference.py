@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from fasttower_kernels.losses import LossSettings
 from fasttower_kernels.losses.reference import Scores, loss_values
 from fasttower_kernels.negatives.proposal import Negatives
 from fasttower_kernels.negatives.reference import draw_list
 from fasttower_kernels.philox import Key
+from fasttower_kernels.settings import LossSettings
 from fasttower_kernels.similarity import read_items, read_users
 from fasttower_kernels.tables import Interactions
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fasttower_kernels.losses import LossSettings
 from fasttower_kernels.negatives.proposal import Negatives
+from fasttower_kernels.negatives.reference import draw, draw_list
 from fasttower_kernels.philox import Key
+from fasttower_kernels.settings import LossSettings
 from fasttower_kernels.step.own_negatives import reference as own_negatives
 from fasttower_kernels.step.shared_negatives import reference as shared_negatives
 from fasttower_kernels.tables import Interactions, Tables
+
+# Positives whose negatives are held at a time where no gradients are needed.
+_ROWS_AT_A_TIME = 1 << 14
 
 
 def batch_loss(
@@ -77,17 +81,41 @@ def loss_sum(
     *,
     key: Key,
     step: int,
-    first_position: int = 0,
 ) -> Tensor:
-    """The sum of the values of a batch, without L2: what the validation loss is made of."""
-    return batch_loss(
-        parameters.users[batch.user_index.long()],
-        parameters.items,
-        parameters.item_bias,
-        batch,
-        negatives,
-        loss,
-        key=key,
-        step=step,
-        first_position=first_position,
-    )[1]
+    """The sum of the values of a batch, without L2, float64: what the validation loss is made of."""
+    total = torch.zeros((), dtype=torch.float64, device=parameters.users.device)
+    size = max(1, _ROWS_AT_A_TIME // negatives.settings.block_size) * negatives.settings.block_size
+    for begin in range(0, len(batch), size):
+        part = Interactions(batch.user_index[begin : begin + size], batch.item_index[begin : begin + size])
+        vectors = parameters.users[part.user_index.long()], parameters.items, parameters.item_bias
+        total += batch_loss(*vectors, part, negatives, loss, key=key, step=step, first_position=begin)[1]
+    return total
+
+
+def items_in_use(
+    parameters: Tables, batch: Interactions, negatives: Negatives, *, key: Key, step: int
+) -> Tensor:
+    """The items that a batch's loss reads, each once, ascending: what a lazy optimiser brings up to date.
+
+    Of hard negatives the whole pool is read.
+    """
+    device = parameters.items.device
+    if negatives.settings.is_shared:
+        size = negatives.settings.block_size
+        drawn = [
+            draw_list(block, negatives.settings.drawn, negatives.num_items, key=key, step=step, device=device)
+            for block in range(-(-len(batch) // size))
+        ]
+    else:
+        drawn = [
+            draw(
+                batch.user_index,
+                negatives.settings.drawn,
+                negatives.num_items,
+                key=key,
+                step=step,
+                known_positives=negatives.known_positives,
+                popularity=negatives.popularity,
+            ).items.flatten()
+        ]
+    return torch.cat([batch.item_index.long(), *drawn]).unique()

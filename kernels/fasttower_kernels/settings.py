@@ -1,0 +1,212 @@
+"""What training steps are told: the loss, the negatives, the optimiser and the batches.
+
+Needs neither torch nor numpy, so that a configuration can be made of it at once.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from fasttower_kernels.errors import FastTowerError
+from fasttower_kernels.philox import seed_key
+
+Backend = Literal["auto", "triton", "numba", "torch"]
+LossName = Literal["bce", "gbce", "bpr", "softmax"]
+LossScale = Literal["positives", "pairs"]
+Optimiser = Literal["auto", "adam", "lazy_adam"]
+Proposal = Literal["uniform", "popularity", "shared", "in-batch", "mixed"]
+Similarity = Literal["dot", "cosine"]
+TableDtype = Literal["float32", "bfloat16"]
+
+MAX_BLOCK_SIZE = 1 << 14
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """The loss of a positive and its negatives.
+
+    A logit is ``x = <u, v> + bias``, or with cosine similarity ``<u, v> / (|u| |v| temperature) + bias``,
+    where a norm below 1e-8 counts as 1e-8. The batch's loss is the mean over its B positives of the loss's
+    value and
+
+        user_l2 |u|^2 + 2 / (N + 1) * sum_{j in {+, k}} (item_l2 |v_j|^2 + bias_l2 bias_j^2)
+
+    with N the negatives that the positive is scored against (of shared ones, the length of the list).
+
+    Attributes:
+        name: the loss; each is a folder beside this file, with its formula and its source.
+        calibration: t of gbce, 0 to 1; other losses do not read it.
+        similarity: of a user's and an item's vector.
+        temperature: of cosine similarity, above 0; dot does not read it.
+        user_l2: weight of the users' L2 term, 0 or more.
+        item_l2: weight of the items' L2 term, 0 or more.
+        bias_l2: weight of the item biases' L2 term, 0 or more.
+        scale: divide the batch's sum by its positives, or by its positive and negative pairs.
+    """
+
+    name: LossName = "bce"
+    calibration: float = 0.75
+    similarity: Similarity = "dot"
+    temperature: float = 0.2
+    user_l2: float = 0.0
+    item_l2: float = 0.0
+    bias_l2: float = 0.0
+    scale: LossScale = "positives"
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        _check_name("the loss", self.name, LossName)
+        _check_name("the similarity", self.similarity, Similarity)
+        _check_name("the loss's scale", self.scale, LossScale)
+        for name in ("user_l2", "item_l2", "bias_l2"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise FastTowerError(f"{name} is {getattr(self, name)}; expected a finite number, 0 or more.")
+        if not 0 < self.temperature < math.inf:
+            raise FastTowerError(f"temperature is {self.temperature}; expected a finite number above 0.")
+        if not 0 <= self.calibration <= 1:
+            raise FastTowerError(f"calibration is {self.calibration}; expected a number from 0 to 1.")
+
+    @property
+    def has_l2(self) -> bool:
+        """Whether there is an L2 term."""
+        return bool(self.user_l2 or self.item_l2 or self.bias_l2)
+
+    @property
+    def is_cosine(self) -> bool:
+        """Whether vectors are normalised."""
+        return self.similarity == "cosine"
+
+    @property
+    def reads_log_q(self) -> bool:
+        """Whether the loss corrects for how often a negative is drawn."""
+        return self.name == "softmax"
+
+    def pairs(self, num_negatives: int) -> int:
+        """Terms of the loss for each positive that it is averaged over: 1, or 1 + N."""
+        return 1 if self.scale == "positives" else 1 + num_negatives
+
+    def divisor(self, batch_size: int, num_negatives: int) -> int:
+        """What the sum over a batch is divided by."""
+        return batch_size * self.pairs(num_negatives)
+
+
+@dataclass(frozen=True)
+class NegativeSettings:
+    """Where the negatives of a positive come from.
+
+    Attributes: proposal: uniform and popularity draw ``count`` negatives for each positive. The others score
+        a block of
+            positives against one list: shared draws it uniformly, in-batch takes the block's own items, mixed
+            takes both.
+        count: N, drawn for each positive or for each block, 0 or more; in-batch does not read it.
+        pool: where it is not 0, draw so many for each positive and keep the N with the largest logits.
+        popularity_power: an item is drawn in proportion to its count to this power, 0 or more; only
+            popularity reads it.
+        block_size: positives that share a list: consecutive positions of the batch.
+    """
+
+    proposal: Proposal = "uniform"
+    count: int = 10
+    pool: int = 0
+    popularity_power: float = 0.75
+    block_size: int = 256
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        _check_name("the negatives' proposal", self.proposal, Proposal)
+        if self.count < 0:
+            raise FastTowerError(f"the number of negatives is {self.count}; expected 0 or more.")
+        if self.pool and (self.is_shared or not max(self.count, 1) <= self.pool):
+            raise FastTowerError(
+                f"the pool of hard negatives is {self.pool} for {self.count} {self.proposal} negatives; "
+                "expected 0, or at least as many as are kept, with uniform or popularity."
+            )
+        if not 0 <= self.popularity_power < math.inf:
+            raise FastTowerError(
+                f"popularity_power is {self.popularity_power}; expected a finite number, 0 or more."
+            )
+        if not 1 <= self.block_size <= MAX_BLOCK_SIZE:
+            raise FastTowerError(f"block_size is {self.block_size}; expected 1 to {MAX_BLOCK_SIZE}.")
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether a block of positives is scored against one list."""
+        return self.proposal in ("shared", "in-batch", "mixed")
+
+    @property
+    def drawn(self) -> int:
+        """How many are drawn for each positive, or for each block."""
+        return 0 if self.proposal == "in-batch" else self.pool or self.count
+
+    @property
+    def scored(self) -> int:
+        """Negatives in the loss of a positive of a full block, masked ones among them."""
+        in_batch = self.block_size if self.proposal in ("in-batch", "mixed") else 0
+        return in_batch + (0 if self.proposal == "in-batch" else self.count)
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """Settings of a run's steps.
+
+    Attributes:
+        learning_rate: Adam's step size.
+        batch_size: B, positives in a batch; the last one of an epoch may be shorter.
+        seed: of the negatives and the order.
+        loss: of a positive.
+        negatives: of a positive.
+        optimiser: adam updates every row in each step; lazy_adam, in the same way to rounding, the rows in
+            use, and the others at the end of a call; auto takes what `is_lazy` says.
+        table_dtype: of the user and item vectors as the loss and its gradients read them. With bfloat16 they
+            are rounded, to nearest, ties to even; the item bias, all arithmetic, the gradients and the
+            tables that Adam updates stay float32, so that updates too small for bfloat16 add up. Backends
+            triton and torch. Against float64 of the unrounded tables, a batch of 8,192 of a MovieLens-1M run
+            (dimension 64, 12 epochs) had a relative error of up to 7e-6 in the loss, 2e-3 in the gradients
+            of users and items and 4e-4 in that of the bias, where float32 had 5e-8 and 1e-7 (``python -m
+            benchmarks.bfloat16_error``). Source: Micikevicius et al., "Mixed Precision Training" (ICLR
+            2018), section 3.1.
+    """
+
+    learning_rate: float
+    batch_size: int
+    seed: int
+    loss: LossSettings = field(default_factory=LossSettings)
+    negatives: NegativeSettings = field(default_factory=NegativeSettings)
+    optimiser: Optimiser = "auto"
+    table_dtype: TableDtype = "float32"
+
+    def __post_init__(self) -> None:
+        """Check the ranges, and that the loss and the negatives go together."""
+        if self.batch_size < 1:
+            raise FastTowerError(f"batch_size is {self.batch_size}; expected 1 or more.")
+        if not 0 < self.learning_rate < math.inf:
+            raise FastTowerError(f"learning_rate is {self.learning_rate}; expected a finite number above 0.")
+        _check_name("the optimiser", self.optimiser, Optimiser)
+        _check_name("table_dtype", self.table_dtype, TableDtype)
+        seed_key(self.seed)
+        check_together(self.loss, self.negatives)
+
+
+def check_together(loss: LossSettings, negatives: NegativeSettings) -> None:
+    """Check that a loss and negatives go together.
+
+    Raises:
+        FastTowerError: they do not; the message says what does.
+    """
+    if loss.name == "gbce" and negatives.proposal not in ("uniform", "shared"):
+        raise FastTowerError(
+            f"loss gbce is calibrated for uniform negatives, not {negatives.proposal} ones; choose uniform or "
+            "shared negatives, or loss bce, bpr or softmax."
+        )
+    if loss.scale == "pairs" and negatives.is_shared:
+        raise FastTowerError(
+            f"loss scale pairs counts the negatives of each positive, which {negatives.proposal} ones share; "
+            "choose loss scale positives, or uniform or popularity negatives."
+        )
+
+
+def _check_name(what: str, value: str, kind: object) -> None:
+    if value not in get_args(kind):
+        raise FastTowerError(f"{what} is {value!r}; expected one of {', '.join(get_args(kind))}.")
