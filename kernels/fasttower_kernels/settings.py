@@ -197,8 +197,8 @@ def check_together(loss: LossSettings, negatives: NegativeSettings) -> None:
     """
     if loss.name == "gbce" and negatives.proposal not in ("uniform", "shared"):
         raise FastTowerError(
-            f"loss gbce is calibrated for uniform negatives, not {negatives.proposal} ones; choose uniform or "
-            "shared negatives, or loss bce, bpr or softmax."
+            f"loss gbce is calibrated for uniform negatives, not {negatives.proposal} ones; choose uniform "
+            "or shared negatives, or loss bce, bpr or softmax."
         )
     if loss.scale == "pairs" and negatives.is_shared:
         raise FastTowerError(

@@ -80,8 +80,7 @@ class Negatives:
 
     @cached_property
     def item_rates(self) -> Tensor:
-        """How often an item is expected among a positive's negatives, if its user knows nothing: (I,),
-        float32.
+        """How often an item is expected among the negatives of a user who knows nothing: (I,), float32.
 
         Of a full block where negatives are shared. Where each positive has its own, a drawn item that the
         user knows is drawn again, so that the others' rates grow to the same sum; see `redraws`.

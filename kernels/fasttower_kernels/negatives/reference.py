@@ -121,8 +121,7 @@ def sample_negatives(
 
 
 def log_expected(batch: Interactions, drawn: Drawn, negatives: Negatives) -> Tensor:
-    """Logarithms of q of drawn negatives, float32, (B, N) or (B, 1): how often each is expected among its
-    positive's.
+    """Logarithms of q, float32, (B, N) or (B, 1): how often a negative is expected among its positive's.
 
     Uniform: N / (I - degree). By popularity: N p / (1 - P_u), P_u the mass of the user's known positives;
         what

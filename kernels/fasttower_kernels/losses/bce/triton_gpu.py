@@ -1,0 +1,23 @@
+"""BCE in Triton."""
+
+# Arguments get their types when a kernel is compiled.
+# mypy: disallow-untyped-defs=False
+
+from __future__ import annotations
+
+import triton
+
+from fasttower_kernels.losses.triton_math import softplus_and_sigmoid
+
+
+@triton.jit
+def negative(x, p, z):
+    """Value and slope of a negative's logit."""
+    return softplus_and_sigmoid(x)
+
+
+@triton.jit
+def positive(p, z, total, weight):
+    """Value and slope of the positive's logit. The slope keeps its precision where sigmoid(p) is near 1."""
+    value, slope = softplus_and_sigmoid(-p)
+    return value, -slope
