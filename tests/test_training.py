@@ -12,7 +12,7 @@ from fasttower.training.selection import TrainingData, train_model
 from fasttower.training.trainer import Observer, train
 from fasttower.training.validation import Validation
 from fasttower_kernels.known_positives import KnownPositives
-from fasttower_kernels.sampled_bce import LossSettings
+from fasttower_kernels.sampled_bce import LossSettings, bce_sum
 from fasttower_kernels.tables import Interactions
 
 NUM_USERS, NUM_ITEMS = 30, 40
@@ -192,11 +192,19 @@ def test_validation_metrics_can_keep_training_items(data):
     assert validation.metrics(model)[f"Recall@{NUM_ITEMS}"] == 1
 
 
-def test_validation_loss_does_not_depend_on_its_parts(data, monkeypatch):
+def test_validation_loss_is_one_call_and_its_indices_are_checked_once(data, monkeypatch):
+    many = Interactions(*(index.repeat(400) for index in (data.valid.user_index, data.valid.item_index)))
     model = TwoTower(NUM_USERS, NUM_ITEMS, 4).initialise(0, 1.0)
-    validation = Validation.of(data.valid, data.known_positives, 5)
-    losses = []
-    for rows in (1000, 7):
-        monkeypatch.setattr("fasttower.training.validation._LOSS_ROWS", rows)
-        losses.append(validation.loss(model, LossSettings(3), data.known_positives, seed=1, backend="torch"))
-    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    validation = Validation.of(many, data.known_positives, 5)
+    calls, checked, lowest = [], [], torch.Tensor.min
+    monkeypatch.setattr(
+        "fasttower.training.validation.bce_sum",
+        lambda tables, pairs, *rest, **given: calls.append(pairs) or bce_sum(tables, pairs, *rest, **given),
+    )
+    monkeypatch.setattr(torch.Tensor, "min", lambda index: checked.append(index) or lowest(index))
+    for _ in range(2):
+        validation.loss(model, LossSettings(1), data.known_positives, seed=1, backend="torch")
+    assert [pairs is many for pairs in calls] == [True, True]
+    assert len(checked) == 2
+    assert checked[0] is many.user_index
+    assert checked[1] is many.item_index
