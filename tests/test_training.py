@@ -179,35 +179,72 @@ def without_times(history):
     return [dataclasses.replace(record, epoch_s=0, positives_per_s=0, elapsed_s=0) for record in history]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(
-    "refit",
-    [True, False],
-)
-def test_a_copied_state_goes_on_bit_for_bit(data, backend, refit, monkeypatch):
-    """From every tick: in the middle and at the end of an epoch, of a phase, of a seed."""
-    monkeypatch.setattr("fasttower.training.trainer._TICK_POSITIVES", 3 * 64)  # 3 calls per epoch
-    config = config_with(
-        backend=backend, refit=refit, seeds=2, epochs=2, l2=(0.1, 0.03), optimiser="lazy_adam"
-    ).resolved(len(data.fit))
-    undisturbed = Trainer(data, config)
-    wanted = [undisturbed.train() for _ in range(2)]
+def assert_same(trained, wanted):
+    assert without_times(trained.history) == without_times(wanted.history)
+    assert (trained.l2, trained.best_epoch) == (wanted.l2, wanted.best_epoch)
+    for left, right in zip(trained.model.tables, wanted.model.tables, strict=True):
+        assert left.equal(right)
 
-    states = []
-    interrupted = Trainer(data, config)
-    while interrupted.phase is not None and interrupted.phase.seed == config.seed:
-        interrupted.advance()
-        states.append(interrupted.state())
-    assert {state.progress.step % 8 for state in states} == {0, 3, 6, 9 % 8, 4} or True
-    for state in states:
-        trainer = Trainer(data, config)
-        trainer.load(state)
-        for model in wanted:
-            again = trainer.train()
-            assert without_times(again.history) == without_times(model.history)
-            assert (again.l2, again.best_epoch) == (model.l2, model.best_epoch)
-            for left, right in zip(again.model.tables, model.model.tables, strict=True):
-                assert left.equal(right)
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_copied_state_goes_on_bit_for_bit(data, backend, monkeypatch):
+    monkeypatch.setattr("fasttower.training.trainer._TICK_POSITIVES", 3 * 128)  # calls of 3 steps and 1 or 2
+    config = config_with(
+        backend=backend, batch_size=128, num_negatives=3, epochs=2, l2=(0.1, 0.03), optimiser="lazy_adam"
+    ).resolved(len(data.fit))
+    wanted = Trainer(data, config).train()
+    assert wanted.history[-1].phase == "refit"
+
+    disturbed, states = Trainer(data, config), []
+    while disturbed.phase is not None:
+        disturbed.advance()
+        states.append(disturbed.state())
+    middle_of_second_choice, end_of_choices, middle_of_refit, end = (
+        states[6],
+        states[7],
+        states[8],
+        states[-1],
+    )
+    assert [(len(state.progress.outcomes), state.progress.step) for state in states[6:9]] == [
+        (1, 7),
+        (2, 0),
+        (2, 3),
+    ]
+    for state in (middle_of_second_choice, end_of_choices, middle_of_refit, end):
+        resumed = Trainer(data, config)
+        resumed.load(state)
+        assert_same(resumed.train(), wanted)
+
+
+def test_a_copied_state_has_the_best_epochs_tables(data):
+    config = config_with(learning_rate=0.5, epochs=8, refit=False).resolved(len(data.fit))
+    wanted = Trainer(data, config).train()
+    assert wanted.best_epoch < 8  # else the test shows nothing
+    disturbed, resumed = Trainer(data, config), Trainer(data, config)
+    for _ in range(wanted.best_epoch):
+        disturbed.advance()
+    resumed.load(disturbed.state())
+    assert_same(resumed.train(), wanted)
+
+
+def test_a_copied_state_knows_which_seeds_are_done(data):
+    config = config_with(epochs=1, seeds=2, refit=False, batch_size=500).resolved(len(data.fit))
+    trainer = Trainer(data, config)
+    first, between, second = trainer.train(), trainer.state(), trainer.train()
+    resumed = Trainer(data, config)
+    resumed.load(between)
+    assert_same(resumed.train(), second)
+    assert not first.model.tables.users.equal(second.model.tables.users)
+
+
+def test_a_stopped_training_goes_on_with_the_next_call(data):
+    observer = Recorder(looks=5)
+    trainer = Trainer(data, CONFIG.resolved(len(data.fit)), observer=observer)
+    stopped = trainer.train()
+    assert stopped.interrupted
+    assert stopped.history[-1].phase == "refit"
+    observer.looks = math.inf
+    assert_same(trainer.train(), train(data, CONFIG))
 
 
 def test_a_loss_that_is_not_finite_stops_the_training(data):
