@@ -21,8 +21,9 @@ from fasttower.evaluation.popularity import most_popular
 from fasttower.evaluation.replay_report import replay_metrics
 from fasttower.retrieval import recommend_to_all, recommendation_frame, rows_at
 from fasttower.run import Run
-from fasttower.training.selection import TrainedModel, TrainingData, train_model
-from fasttower.training.trainer import Observer
+from fasttower.training.data import TrainingData
+from fasttower.training.observer import Observer
+from fasttower.training.trainer import TrainedModel, Trainer
 from fasttower.versions import versions
 from fasttower_kernels.backends import choose_backend
 from fasttower_kernels.known_positives import KnownPositives
@@ -43,8 +44,7 @@ _LESS_MEMORY = "a smaller --batch-size or --embedding-dim"
 class FitObserver(Observer):
     """What `fit` tells besides the trainer's progress; every method may be overridden.
 
-    As it is, it is silent but for a device or a backend that stands in for a better one: that is a warning of
-    Python's.
+    As it is, it is silent, but for a Python warning where a device or a backend stands in for a better one.
     """
 
     def download_progress(self) -> Progress | None:
@@ -63,9 +63,6 @@ class FitObserver(Observer):
         if line := fallback_note(device, backend, why):
             warnings.warn(line, stacklevel=3)  # where fit was called
 
-    def on_seed(self, seed: int) -> None:
-        """Called before each seed's training where there are several."""
-
 
 def fit(
     data: Source | None = None, config: Config | None = None, *, observer: FitObserver | None = None
@@ -77,7 +74,7 @@ def fit(
     metrics have ``test`` and ``popularity`` empty.
 
     Args:
-        data: the name of a data set, a path, or a Polars, pandas or Arrow frame with one row an interaction;
+        data: the name of a data set, a path, or a Polars, pandas or Arrow frame with one row per interaction;
             None takes ``config.data``.
         config: every setting; the default preset if not given.
         observer: progress and the stop signal; if not given, silent but for warnings.
@@ -111,21 +108,13 @@ def fit(
         observer.on_prepared(prepared, config)
         observer.on_training(str(device), backend, why, threads)
 
+        trainer = Trainer(training_data, config, observer=observer)
         test, known = prepared.test, training_data.known_positives
         first: tuple[TrainedModel, pl.DataFrame] | None = None
         reports = []
         interrupted = False
-        for seed in range(config.seed, config.seed + config.seeds):
-            if config.seeds > 1:
-                observer.on_seed(seed)
-            trained = train_model(
-                training_data,
-                dataclasses.replace(config, seed=seed),
-                k=config.k,
-                refit=config.refit,
-                filter_seen=config.filter_seen,
-                observer=observer,
-            )
+        for _ in range(config.seeds):
+            trained = trainer.train()
             clock.lap("train")
             interrupted = trained.interrupted
             if interrupted and first is not None:
@@ -245,7 +234,7 @@ def _report(
     by: Literal["rank", "rating"] = "rank",
 ) -> dict[str, float]:
     """RePlay's metrics of the test users, in original ids."""
-    # Of fit, RePlay reads the items alone.
+    # Of fit, RePlay reads only the items.
     return replay_metrics(recommendations, prepared.original_ids(test), prepared.items, k, by)
 
 

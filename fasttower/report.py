@@ -15,7 +15,7 @@ from fasttower.console import Console, counted_noun
 from fasttower.data.preparation import PreparedData
 from fasttower.pipeline import FitObserver
 from fasttower.run import Run
-from fasttower.training.trainer import EpochRecord
+from fasttower.training.observer import EpochRecord
 
 
 class DownloadBar:

@@ -13,7 +13,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from fasttower.config import Config
+from fasttower.config import ResolvedConfig
 from fasttower.data.later_rows import positives, read_later_rows
 from fasttower.device import choose_device, memory_of
 from fasttower.errors import FastTowerError
@@ -25,7 +25,7 @@ from fasttower.retrieval import find_ids, nearest, recommend, with_index
 from fasttower.retrieval.ids import Unknown, check_choice, check_known
 from fasttower.run_directory import read_run, run_path, write_run
 from fasttower.training.fold_in import fold_in
-from fasttower.training.trainer import EpochRecord, Observer
+from fasttower.training.observer import EpochRecord, Observer
 from fasttower.update import update_run
 from fasttower_kernels.known_positives import KnownPositives
 from fasttower_kernels.sampled_bce import LossSettings
@@ -52,7 +52,7 @@ class Run:
     model: TwoTower
     users: pl.DataFrame
     items: pl.DataFrame
-    config: Config
+    config: ResolvedConfig
     device: str
     backend: str
     history: list[EpochRecord]

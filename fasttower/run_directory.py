@@ -20,7 +20,7 @@ from fasttower.config import Config
 from fasttower.errors import FastTowerError
 from fasttower.model import TwoTower
 from fasttower.new_directory import all_or_nothing
-from fasttower.training.trainer import EpochRecord
+from fasttower.training.observer import EpochRecord
 from fasttower_kernels.known_positives import KnownPositives
 
 if TYPE_CHECKING:
@@ -84,6 +84,7 @@ def read_run(path: Path) -> dict[str, Any]:
             "known_positives": _read_known_positives(path / "known_positives.safetensors", items.height),
         }
         _check(**fields)
+        fields["config"] = fields["config"].resolved(0)  # the check saw that nothing is open
     except (FileNotFoundError, NotADirectoryError) as error:
         if not path.is_dir():
             found = "it is a file" if path.exists() else "there is nothing of that name"

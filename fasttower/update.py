@@ -12,13 +12,16 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from fasttower.config import Config
+from fasttower.config import ResolvedConfig
 from fasttower.data.later_rows import positives, read_later_rows
 from fasttower.device import cpu_cores, cpu_threads, fallback_note, memory_of
 from fasttower.errors import FastTowerError, whole_number
 from fasttower.retrieval import recommend_to_all, with_index
+from fasttower.training.data import TrainingData
 from fasttower.training.extension import extended_model
-from fasttower.training.trainer import Observer, train
+from fasttower.training.observer import Observer
+from fasttower.training.plan import Plan
+from fasttower.training.trainer import Trainer
 from fasttower_kernels.backends import choose_backend
 from fasttower_kernels.known_positives import KnownPositives
 from fasttower_kernels.tables import Interactions
@@ -57,7 +60,11 @@ def update_run(run: Run, interactions: Any, *, epochs: int, observer: Observer) 
     model = extended_model(run.model, old_users, old_items, pairs, users.height, items.height, config, l2)
     # The run may have been trained on a machine with more cores.
     with memory_of(device, "fewer rows"), cpu_threads(config.threads and min(config.threads, cpu_cores())):
-        history = train(model, pairs, known, config, l2=l2, epochs=epochs, phase="update", observer=observer)
+        data, plan = (
+            TrainingData(pairs, pairs, None, known),
+            Plan((config.seed,), (l2,), epochs, name="update"),
+        )
+        history = Trainer(data, config, plan=plan, model=model, observer=observer).train().history
         recommendations = recommend_to_all(model, known, users, items, config)
     metrics = {
         "test": {},
@@ -90,7 +97,7 @@ def update_run(run: Run, interactions: Any, *, epochs: int, observer: Observer) 
     )
 
 
-def _with_backend(config: Config, device: torch.device) -> tuple[Config, str]:
+def _with_backend(config: ResolvedConfig, device: torch.device) -> tuple[ResolvedConfig, str]:
     """The configuration and the backend of an update, which may be on another device than the run was.
 
     Warns where the backend that the run asked for cannot run there, and auto takes its place.
