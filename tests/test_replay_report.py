@@ -54,7 +54,7 @@ def test_a_frame_without_recommendations_keeps_its_columns_and_types():
     ("user_index", "found", "items", "message"),
     [
         ([0, 1], [[0]], ITEMS, "expected \\(R,\\), \\(R, K\\) and \\(R, K\\)"),
-        ([0], [[4]], ITEMS, "item_index goes from 4 to 4; the map holds 0 to 3"),
+        ([0], [[4]], ITEMS, "item_index goes up to 4; the map holds 0 to 3"),
         ([0], [[0]], ITEMS.reverse(), "sort it by item_index"),
     ],
 )

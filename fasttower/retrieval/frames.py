@@ -38,13 +38,15 @@ def ranked_frame(
         )
     index = topk.items.cpu().numpy()  # [R, K]
     row, slot = np.nonzero(index >= 0)
-    found = id_map.rows(index[row, slot])
+    found = index[row, slot]
+    if (last := found.max(initial=-1)) >= len(id_map):
+        raise FastTowerError(f"{id_map.index_name} goes up to {last}; the map holds 0 to {len(id_map) - 1}")
     columns = [
         query_ids[row],
-        found[id_map.id_name].alias(id_name),
+        id_map.ids[found].alias(id_name),
         pl.Series(score_name, topk.scores.cpu().numpy()[row, slot]),
         pl.Series("rank", (slot + 1).astype(np.int32)),
     ]
-    if "title" in found.columns:
-        columns.append(found["title"])
+    if id_map.titles is not None:
+        columns.append(id_map.titles[found])
     return pl.DataFrame(columns)
