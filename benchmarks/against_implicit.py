@@ -46,7 +46,7 @@ from fasttower.device import cpu_threads
 from fasttower.evaluation.replay_report import replay_metrics
 from fasttower.model import TwoTower
 from fasttower.pipeline import to_training_data
-from fasttower.retrieval import recommendation_frame
+from fasttower.retrieval import IdMap, recommendation_frame
 from fasttower.training.data import TrainingData
 from fasttower.training.trainer import Trainer
 from fasttower.training.validation import Validation
@@ -158,7 +158,7 @@ def test_metrics(model: TwoTower | Factors, data: TrainingData, prepared: Prepar
             seen_users=users,
         )
     user_ids = prepared.users["user_id"].gather(users.numpy())
-    frame = recommendation_frame(user_ids, topk, prepared.items)
+    frame = recommendation_frame(user_ids, topk, IdMap(prepared.items))
     return replay_metrics(frame, prepared.original_ids(prepared.test), prepared.items, K)
 
 

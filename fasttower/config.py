@@ -208,6 +208,7 @@ class Config(TrainingConfig, DataConfig):
         """
         known = {field.name for field in dataclasses.fields(cls)}
         merged = dict(values)
+        merged.pop("format", None)  # of the run that the file belongs to
         # A run's file says what was used beside what was asked for; what was asked for is the configuration.
         for name in ("device", "backend"):
             if (requested := merged.pop(f"{name}_requested", None)) is not None:

@@ -7,7 +7,7 @@ import statistics
 import time
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import polars as pl
 import torch
@@ -19,8 +19,9 @@ from fasttower.device import check_repeatable, choose_device, cpu_threads, fallb
 from fasttower.errors import FastTowerError
 from fasttower.evaluation.popularity import most_popular
 from fasttower.evaluation.replay_report import replay_metrics
-from fasttower.retrieval import recommend_to_all, recommendation_frame, rows_at
+from fasttower.retrieval import IdMap, recommend_to_all, recommendation_frame
 from fasttower.run import Run
+from fasttower.run.record import Outcome
 from fasttower.training.data import TrainingData
 from fasttower.training.observer import Observer
 from fasttower.training.trainer import TrainedModel, Trainer
@@ -134,7 +135,7 @@ def fit(
     assert first is not None  # there is at least one seed
     trained, recommendations = first
     speeds = [record.positives_per_s for record in trained.history]
-    metrics: dict[str, Any] = {
+    metrics: Outcome = {
         "test": {name: statistics.fmean(report[name] for report in reports) for name in popularity},
         "popularity": popularity,
         "l2": trained.l2,
@@ -222,8 +223,9 @@ def _popularity(
     index = test["user_index"].unique().sort().to_numpy()
     users = torch.tensor(index, device=known.items.device)
     topk = most_popular(known, users, k=min(config.k, known.num_items), filter_seen=config.filter_seen)
-    frame = recommendation_frame(rows_at(index, prepared.users)["user_id"], topk, prepared.items)
-    return _report(frame, test, prepared, config.k, by="rating")
+    ids = IdMap(prepared.users).ids[index]
+    frame = recommendation_frame(ids, topk, IdMap(prepared.items))
+    return _report(frame, test, prepared, config.k, by="score")
 
 
 def _report(
@@ -231,7 +233,7 @@ def _report(
     test: pl.DataFrame,
     prepared: PreparedData,
     k: int,
-    by: Literal["rank", "rating"] = "rank",
+    by: Literal["rank", "score"] = "rank",
 ) -> dict[str, float]:
     """RePlay's metrics of the test users, in original ids."""
     # Of fit, RePlay reads only the items.
