@@ -46,8 +46,9 @@ from fasttower.device import cpu_threads
 from fasttower.evaluation.replay_report import replay_metrics
 from fasttower.model import TwoTower
 from fasttower.pipeline import to_training_data
-from fasttower.retrieval import recommendation_frame
-from fasttower.training.selection import TrainingData, train_model
+from fasttower.retrieval import IdMap, recommendation_frame
+from fasttower.training.data import TrainingData
+from fasttower.training.trainer import Trainer
 from fasttower.training.validation import Validation
 from fasttower.versions import versions
 from fasttower_kernels.known_positives import KnownPositives
@@ -56,7 +57,7 @@ from fasttower_kernels.topk import top_k
 
 K = 10
 RESULTS = Path(__file__).parent / "results" / "implicit-ml-1m.json"
-PROTOCOL = dataclasses.replace(PRESETS["default"], data="ml-1m", min_rating=3, test_fraction=0.2)
+PROTOCOL = dataclasses.replace(PRESETS["default"], data="ml-1m", min_rating=3, test_fraction=0.2, k=K)
 VALID_FRACTIONS = (0.1, 0.2, 0.3)
 
 MODELS = {"implicit BPR": BayesianPersonalizedRanking, "implicit ALS": AlternatingLeastSquares}
@@ -157,7 +158,7 @@ def test_metrics(model: TwoTower | Factors, data: TrainingData, prepared: Prepar
             seen_users=users,
         )
     user_ids = prepared.users["user_id"].gather(users.numpy())
-    frame = recommendation_frame(user_ids, topk, prepared.items)
+    frame = recommendation_frame(user_ids, topk, IdMap(prepared.items))
     return replay_metrics(frame, prepared.original_ids(prepared.test), prepared.items, K)
 
 
@@ -218,7 +219,7 @@ class Repeat(NamedTuple):
 
 
 def repeat_fasttower(config: Config, data: TrainingData, prepared: PreparedData) -> Repeat:
-    trained = train_model(data, config, k=K, refit=True)
+    trained = Trainer(data, config.resolved(len(data.fit))).train()
     choose = [record for record in trained.history if record.phase == "choose"]
     seconds = list(itertools.accumulate(record.epoch_s for record in choose))
     curve = Curve(seconds, [record.valid[f"NDCG@{K}"] for record in choose])
@@ -252,7 +253,8 @@ def measure(repeats: int, threads: int) -> None:
     )
     for name, chosen in models.items():
         print(f"{name}: {chosen['settings']}, {chosen['epochs']} epochs")
-    train_model(data, dataclasses.replace(PROTOCOL, epochs=1), k=K, refit=False)  # compiles
+    once = dataclasses.replace(PROTOCOL, epochs=1, refit=False)
+    Trainer(data, once.resolved(len(data.fit))).train()  # compiles
     ways: dict[str, list[Repeat]] = {"fasttower": []} | {name: [] for name in models}
     for seed in range(repeats):
         ways["fasttower"].append(repeat_fasttower(dataclasses.replace(PROTOCOL, seed=seed), data, prepared))

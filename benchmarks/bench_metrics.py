@@ -30,7 +30,7 @@ def fasttower_way(recommended, relevant):
 def replay_way(recommended, relevant):
     rank = torch.arange(1, K + 1).repeat(len(recommended))
     frame = pairs_of(recommended).with_columns(
-        rating=pl.lit(0.0), rank=pl.Series(rank.numpy()).cast(pl.UInt32)
+        score=pl.lit(0.0), rank=pl.Series(rank.numpy()).cast(pl.UInt32)
     )
     test, fit = pairs_of(relevant), pl.DataFrame({"item_id": range(NUM_ITEMS)})
     return lambda: replay_metrics(frame, test, fit, K)

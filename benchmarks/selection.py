@@ -23,7 +23,7 @@ import torch
 from fasttower.config import PRESETS
 from fasttower.data.preparation import prepare
 from fasttower.pipeline import to_training_data
-from fasttower.training.selection import train_model
+from fasttower.training.trainer import Trainer
 from fasttower.versions import versions
 
 GRID = {
@@ -66,15 +66,10 @@ def main() -> None:
         began = time.perf_counter()
         curves = {}  # by cut, averaged over seeds
         for fraction, data in cuts.items():
-            histories = [
-                train_model(
-                    data,
-                    dataclasses.replace(base, **{**point, "l2": (point["l2"],)}, seed=seed),
-                    k=10,
-                    refit=False,
-                ).history
-                for seed in range(arguments.seeds)
-            ]
+            fields = {**point, "l2": (point["l2"],)}
+            config = dataclasses.replace(base, **fields, seeds=arguments.seeds, refit=False)
+            trainer = Trainer(data, config.resolved(len(data.fit)))
+            histories = [trainer.train().history for _ in range(arguments.seeds)]
             curves[fraction] = [
                 statistics.fmean(history[epoch].valid["NDCG@10"] for history in histories)
                 for epoch in range(base.epochs)

@@ -57,7 +57,7 @@ def first_step(optimiser: str, threads: int) -> dict[str, list[float]]:
     known = data.known_positives()
     state = TrainState.start(make_tables(config.embedding_dim, data, item_bias=config.item_bias))
     loss = LossSettings(config.num_negatives, config.l2[0], config.loss_scale)
-    settings = StepSettings(loss, config.learning_rate, config.batch_size or 0, config.seed, optimiser)
+    settings = StepSettings(loss, config.learning_rate, config.batch_size, config.seed, optimiser)
     began = now()
     run_steps(state, data.interactions, known, settings, first_step=0, num_steps=1)
     lap("first step")

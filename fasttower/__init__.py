@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fasttower.config import PRESETS, Config
     from fasttower.errors import FastTowerError, TrainingError
-    from fasttower.evaluation.later_test import Evaluation
     from fasttower.model import TwoTower
     from fasttower.pipeline import FitObserver, fit
     from fasttower.run import Run, load_run
+    from fasttower.run.evaluate import Evaluation
 
 __version__ = "0.1.0"
 __all__ = [
@@ -31,7 +31,7 @@ __all__ = [
 _HOMES = {
     "PRESETS": "config",
     "Config": "config",
-    "Evaluation": "evaluation.later_test",
+    "Evaluation": "run.evaluate",
     "FastTowerError": "errors",
     "Run": "run",
     "FitObserver": "pipeline",

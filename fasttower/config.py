@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from fasttower.errors import FastTowerError
 
@@ -75,10 +75,12 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """The model, its loss and its optimiser."""
+    """The model, its loss, its optimiser and the schedule."""
 
     seed: int = 0
     """Seed of every draw, 0 <= seed < 2**63: the same seed gives the same run."""
+    seeds: int = 1
+    """Train this many times, with seed, seed + 1, ...; report means and deviations, keep the first model."""
     embedding_dim: int = 32
     """Dimensions of the user and item vectors, 1 to 512."""
     item_bias: bool = True
@@ -108,6 +110,12 @@ class TrainingConfig:
     the test cut, from 256 to 65,536."""
     epochs: int = 30
     """Passes over the training part; at most this many where a validation part chooses."""
+    refit: bool = True
+    """After the validation part has chosen the epoch, train again with its rows included."""
+    k: int = 10
+    """Recommendations per user, and the cutoff of the metrics."""
+    filter_seen: bool = True
+    """Leave the items that a user has already touched out of the recommendations."""
     backend: Backend = "auto"
     """Implementation of the training step: auto takes the fastest that the device allows."""
     threads: int | None = None
@@ -121,6 +129,9 @@ class TrainingConfig:
             object.__setattr__(self, "l2", (self.l2,))
         _check_types(self)
         _check(self, "seed", 0 <= self.seed < 2**63, "a whole number from 0 to 2**63 - 1")
+        _check(
+            self, "seeds", 1 <= self.seeds <= 2**63 - self.seed, "1 or more, and the last seed below 2**63"
+        )
         _check(self, "embedding_dim", 1 <= self.embedding_dim <= 512, "1 to 512")
         _check(self, "num_negatives", 0 <= self.num_negatives <= 100_000, "0 to 100,000")
         _check(self, "epochs", self.epochs >= 1, "1 or more")
@@ -133,19 +144,33 @@ class TrainingConfig:
         _check(self, "learning_rate", 0 < self.learning_rate <= 1e30, "a number above 0, at most 1e30")
         scale = self.init_scale
         _check(self, "init_scale", scale is None or 0 <= scale < math.inf, "a finite number, 0 or more")
+        _check(self, "k", 1 <= self.k <= 10_000, "1 to 10,000")
 
-    def resolved(self, num_rows: int) -> Self:
+    def resolved(self, num_rows: int) -> ResolvedTrainingConfig:
         """The same configuration with what was left open filled in.
 
         Args:
             num_rows: interactions before the test cut.
         """
-        batch_size, init_scale = self.batch_size, self.init_scale
-        if batch_size is None:
-            batch_size = min(max(2 ** round(math.log2(max(num_rows, 1) / 100)), 256), 65_536)
-        if init_scale is None:
-            init_scale = 0.1 / math.sqrt(self.embedding_dim)
-        return dataclasses.replace(self, batch_size=batch_size, init_scale=init_scale)
+        return ResolvedTrainingConfig(**_filled_in(self, num_rows))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedTrainingConfig(TrainingConfig):
+    """A training configuration in which nothing is left open: what the trainer reads."""
+
+    batch_size: int
+    init_scale: float
+
+
+def _filled_in(config: TrainingConfig, num_rows: int) -> dict[str, Any]:
+    """The fields of a configuration, those that depend on others or on the number of rows filled in."""
+    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    if config.batch_size is None:
+        fields["batch_size"] = min(max(2 ** round(math.log2(max(num_rows, 1) / 100)), 256), 65_536)
+    if config.init_scale is None:
+        fields["init_scale"] = 0.1 / math.sqrt(config.embedding_dim)
+    return fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,25 +185,17 @@ class Config(TrainingConfig, DataConfig):
     """Where to train: auto takes CUDA, then MPS, then the CPU."""
     strict_device: bool = False
     """Fail where --device cuda cannot be met, instead of going on on the CPU."""
-    seeds: int = 1
-    """Train this many times, with seed, seed + 1, ...; report means and deviations, keep the first model."""
-    refit: bool = True
-    """After the validation part has chosen the epoch, train again with its rows included."""
-    k: int = 10
-    """Recommendations a user, and the cutoff of the metrics."""
-    filter_seen: bool = True
-    """Leave the items that a user has already touched out of the recommendations."""
 
     def __post_init__(self) -> None:
         """Check the ranges of every part."""
         TrainingConfig.__post_init__(self)
         DataConfig.__post_init__(self)
-        _check(self, "k", 1 <= self.k <= 10_000, "1 to 10,000")
-        _check(
-            self, "seeds", 1 <= self.seeds <= 2**63 - self.seed, "1 or more, and the last seed below 2**63"
-        )
         if self.test_fraction == 0 and not self.test_data:
             _check(self, "seeds", self.seeds == 1, "1 without a test part (--test-fraction 0) to report on")
+
+    def resolved(self, num_rows: int) -> ResolvedConfig:
+        """See `TrainingConfig.resolved`."""
+        return ResolvedConfig(**_filled_in(self, num_rows))
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], base: Config | None = None) -> Config:
@@ -191,6 +208,7 @@ class Config(TrainingConfig, DataConfig):
         """
         known = {field.name for field in dataclasses.fields(cls)}
         merged = dict(values)
+        merged.pop("format", None)  # of the run that the file belongs to
         # A run's file says what was used beside what was asked for; what was asked for is the configuration.
         for name in ("device", "backend"):
             if (requested := merged.pop(f"{name}_requested", None)) is not None:
@@ -223,6 +241,11 @@ class Config(TrainingConfig, DataConfig):
             "backend_requested": self.backend,
             "backend": backend,
         }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedConfig(ResolvedTrainingConfig, Config):
+    """The configuration of a run that was trained, in which nothing is left open."""
 
 
 def _check_types(config: DataConfig | TrainingConfig) -> None:

@@ -9,7 +9,7 @@ import rich.console
 
 
 class Console(rich.console.Console):
-    """A console whose reader may go away: what is still to be said is said to nobody.
+    """A console that falls silent when its reader goes away.
 
     Args:
         stderr: write there instead of to stdout.
@@ -21,12 +21,12 @@ class Console(rich.console.Console):
         super().__init__(stderr=stderr, quiet=quiet, soft_wrap=wide, highlight=False, emoji=False)
 
     def on_broken_pipe(self) -> None:
-        """Send what is still to be shown nowhere."""
+        """Show nothing more."""
         self.quiet = True
         stream = sys.stderr if self.stderr else sys.stdout
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def counted_noun(count: int, noun: str) -> str:
-    """A number of things: "1 epoch", "2 epochs", "1,000 rows"."""
+    """A count and its noun: "1 epoch", "2 epochs", "1,000 rows"."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"

@@ -7,7 +7,7 @@ import statistics
 import time
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import polars as pl
 import torch
@@ -19,10 +19,12 @@ from fasttower.device import check_repeatable, choose_device, cpu_threads, fallb
 from fasttower.errors import FastTowerError
 from fasttower.evaluation.popularity import most_popular
 from fasttower.evaluation.replay_report import replay_metrics
-from fasttower.retrieval import recommend_to_all, recommendation_frame, rows_at
+from fasttower.retrieval import IdMap, recommend_to_all, recommendation_frame
 from fasttower.run import Run
-from fasttower.training.selection import TrainedModel, TrainingData, train_model
-from fasttower.training.trainer import Observer
+from fasttower.run.record import Outcome
+from fasttower.training.data import TrainingData
+from fasttower.training.observer import Observer
+from fasttower.training.trainer import TrainedModel, Trainer
 from fasttower.versions import versions
 from fasttower_kernels.backends import choose_backend
 from fasttower_kernels.known_positives import KnownPositives
@@ -43,8 +45,7 @@ _LESS_MEMORY = "a smaller --batch-size or --embedding-dim"
 class FitObserver(Observer):
     """What `fit` tells besides the trainer's progress; every method may be overridden.
 
-    As it is, it is silent but for a device or a backend that stands in for a better one: that is a warning of
-    Python's.
+    As it is, it is silent, but for a Python warning where a device or a backend stands in for a better one.
     """
 
     def download_progress(self) -> Progress | None:
@@ -63,9 +64,6 @@ class FitObserver(Observer):
         if line := fallback_note(device, backend, why):
             warnings.warn(line, stacklevel=3)  # where fit was called
 
-    def on_seed(self, seed: int) -> None:
-        """Called before each seed's training where there are several."""
-
 
 def fit(
     data: Source | None = None, config: Config | None = None, *, observer: FitObserver | None = None
@@ -77,7 +75,7 @@ def fit(
     metrics have ``test`` and ``popularity`` empty.
 
     Args:
-        data: the name of a data set, a path, or a Polars, pandas or Arrow frame with one row an interaction;
+        data: the name of a data set, a path, or a Polars, pandas or Arrow frame with one row per interaction;
             None takes ``config.data``.
         config: every setting; the default preset if not given.
         observer: progress and the stop signal; if not given, silent but for warnings.
@@ -111,21 +109,13 @@ def fit(
         observer.on_prepared(prepared, config)
         observer.on_training(str(device), backend, why, threads)
 
+        trainer = Trainer(training_data, config, observer=observer)
         test, known = prepared.test, training_data.known_positives
         first: tuple[TrainedModel, pl.DataFrame] | None = None
         reports = []
         interrupted = False
-        for seed in range(config.seed, config.seed + config.seeds):
-            if config.seeds > 1:
-                observer.on_seed(seed)
-            trained = train_model(
-                training_data,
-                dataclasses.replace(config, seed=seed),
-                k=config.k,
-                refit=config.refit,
-                filter_seen=config.filter_seen,
-                observer=observer,
-            )
+        for _ in range(config.seeds):
+            trained = trainer.train()
             clock.lap("train")
             interrupted = trained.interrupted
             if interrupted and first is not None:
@@ -145,7 +135,7 @@ def fit(
     assert first is not None  # there is at least one seed
     trained, recommendations = first
     speeds = [record.positives_per_s for record in trained.history]
-    metrics: dict[str, Any] = {
+    metrics: Outcome = {
         "test": {name: statistics.fmean(report[name] for report in reports) for name in popularity},
         "popularity": popularity,
         "l2": trained.l2,
@@ -233,8 +223,9 @@ def _popularity(
     index = test["user_index"].unique().sort().to_numpy()
     users = torch.tensor(index, device=known.items.device)
     topk = most_popular(known, users, k=min(config.k, known.num_items), filter_seen=config.filter_seen)
-    frame = recommendation_frame(rows_at(index, prepared.users)["user_id"], topk, prepared.items)
-    return _report(frame, test, prepared, config.k, by="rating")
+    ids = IdMap(prepared.users).ids[index]
+    frame = recommendation_frame(ids, topk, IdMap(prepared.items))
+    return _report(frame, test, prepared, config.k, by="score")
 
 
 def _report(
@@ -242,10 +233,10 @@ def _report(
     test: pl.DataFrame,
     prepared: PreparedData,
     k: int,
-    by: Literal["rank", "rating"] = "rank",
+    by: Literal["rank", "score"] = "rank",
 ) -> dict[str, float]:
     """RePlay's metrics of the test users, in original ids."""
-    # Of fit, RePlay reads the items alone.
+    # Of fit, RePlay reads only the items.
     return replay_metrics(recommendations, prepared.original_ids(test), prepared.items, k, by)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -15,7 +14,8 @@ from fasttower.console import Console, counted_noun
 from fasttower.data.preparation import PreparedData
 from fasttower.pipeline import FitObserver
 from fasttower.run import Run
-from fasttower.training.trainer import EpochRecord
+from fasttower.run.record import Outcome
+from fasttower.training.observer import EpochRecord
 
 
 class DownloadBar:
@@ -175,7 +175,7 @@ class ConsoleObserver(FitObserver):
             self._warnings.print("interrupted: the run holds what had been trained by then")
         self._console.print(f"run written to {escape(str(run_dir))}")
 
-    def _show_test(self, metrics: dict[str, Any]) -> None:
+    def _show_test(self, metrics: Outcome) -> None:
         table = Table(
             title=f"test part: {metrics['test_users']:,} users",
             title_justify="left",

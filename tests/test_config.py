@@ -83,7 +83,8 @@ def test_what_is_left_open_is_filled_in(rows, batch_size):
     assert config.batch_size == batch_size
     assert config.init_scale == pytest.approx(0.0125)
     asked = Config(batch_size=3, init_scale=2.0)
-    assert asked.resolved(rows) == asked
+    assert vars(asked.resolved(rows)) == vars(asked)
+    assert config.resolved(1) == config
 
 
 def test_json_with_an_unknown_field():

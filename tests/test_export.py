@@ -54,7 +54,7 @@ def test_numpy_arrays_multiply_to_the_scores_and_rows_are_those_of_the_ids(wide,
     pairs = pl.DataFrame(
         {"user": user_ids["user_id"].gather([5, 9]), "item": item_ids["item_id"].gather([3, 80])}
     )
-    expected = wide.score(pairs)["rating"]
+    expected = wide.score(pairs)["score"]
     np.testing.assert_allclose([users[5] @ items[3], users[9] @ items[80]], expected, rtol=1e-5)
     about = json.loads((tmp_path / "out" / "about.json").read_text())
     assert (about["dimensions"], about["users"], about["items"]) == (7, len(users), len(items))

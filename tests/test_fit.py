@@ -20,21 +20,19 @@ from fasttower_kernels.known_positives import KnownPositives
 
 def test_recommendations_are_in_the_callers_ids_best_first(run, ratings):
     frame = run.recommendations
-    assert frame.columns == ["user_id", "item_id", "rating", "rank"]
+    assert frame.columns == ["user_id", "item_id", "score", "rank"]
     assert set(frame["user_id"]) <= set(ratings["user"])
     assert set(frame["item_id"]) <= set(ratings["item"])
     for _, rows in frame.group_by("user_id"):
         assert rows["rank"].to_list() == list(range(1, rows.height + 1))
-        assert rows["rating"].is_sorted(descending=True)
+        assert rows["score"].is_sorted(descending=True)
         assert rows["item_id"].is_unique().all()
 
 
 def test_recommended_scores_are_the_models(run):
     frame = run.recommendations.join(run.users, on="user_id").join(run.items, on="item_id")
     scores = run.model.score(*(torch.tensor(frame[name].to_numpy()) for name in ("user_index", "item_index")))
-    torch.testing.assert_close(
-        scores.detach(), torch.tensor(frame["rating"].to_numpy()), rtol=1e-4, atol=1e-5
-    )
+    torch.testing.assert_close(scores.detach(), torch.tensor(frame["score"].to_numpy()), rtol=1e-4, atol=1e-5)
 
 
 def test_seen_items_are_left_out_unless_asked_for(run, ratings):

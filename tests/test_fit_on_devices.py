@@ -9,7 +9,8 @@ import torch
 
 import fasttower
 from fasttower import Config, FastTowerError, pipeline
-from fasttower.training.selection import TrainingData
+from fasttower.training.data import TrainingData
+from fasttower.training.trainer import Trainer
 
 CONFIG = Config(embedding_dim=6, batch_size=64, epochs=1, backend="torch", l2=(0.03,), threads=1)
 
@@ -47,10 +48,10 @@ def test_what_a_gpu_cannot_hold_is_refused_before_it_is_copied(ratings, gpu, mon
 
 
 def test_memory_that_runs_out_in_training(ratings, monkeypatch):
-    def train_model(*_, **__):
+    def train(self):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has much more.")
 
-    monkeypatch.setattr(pipeline, "train_model", train_model)
+    monkeypatch.setattr(Trainer, "train", train)
     with pytest.raises(FastTowerError, match=r"Tried to allocate 2\.00 GiB\); .* --batch-size"):
         fasttower.fit(ratings, CONFIG)
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from fasttower.config import TrainingConfig
-from fasttower.model import TwoTower
-from fasttower.training.trainer import train
+from fasttower.training.data import TrainingData
+from fasttower.training.trainer import Trainer
 from fasttower_kernels.adam import catch_up, lazy_adam_step
 from fasttower_kernels.adam.reference import adam_step
 from fasttower_kernels.errors import FastTowerError
@@ -220,10 +220,11 @@ def test_the_trainer_passes_it_on():
     models = []
     for optimiser in ("adam", "lazy_adam"):
         config = TrainingConfig(
-            embedding_dim=8, batch_size=100, epochs=2, optimiser=optimiser, backend="torch"
+            embedding_dim=8, batch_size=100, epochs=2, l2=(0.01,), optimiser=optimiser, backend="torch"
         )
-        model = TwoTower(NUM_USERS, NUM_ITEMS, 8).initialise(0, 0.1)
-        train(model, make_interactions(), make_known(), config, l2=0.01, epochs=2)
+        interactions = make_interactions()
+        data = TrainingData(interactions, interactions, None, make_known())
+        model = Trainer(data, config.resolved(len(interactions))).train().model
         models.append(model.tables)
     equal = [one.equal(other) for one, other in zip(*models, strict=True)]
     assert not all(equal)  # the last bits tell that the other optimiser ran

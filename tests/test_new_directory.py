@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fasttower import FastTowerError
-from fasttower.new_directory import all_or_nothing, reserved
+from fasttower.run.new_directory import all_or_nothing, reserved
 
 ROOT = Path(__file__).parent.parent
 
@@ -52,7 +52,7 @@ def test_a_name_that_is_taken_gets_a_number(tmp_path):
 
 
 def test_who_waited_for_a_lock_that_was_taken_away_does_not_get_it(tmp_path, monkeypatch):
-    from fasttower import new_directory
+    from fasttower.run import new_directory
 
     original = new_directory._lock
 
@@ -68,7 +68,7 @@ def test_who_waited_for_a_lock_that_was_taken_away_does_not_get_it(tmp_path, mon
 def test_what_a_killed_process_left_is_no_content(tmp_path):
     code = f"""
 import os, pathlib, signal
-from fasttower.new_directory import all_or_nothing, reserved
+from fasttower.run.new_directory import all_or_nothing, reserved
 path = pathlib.Path({str(tmp_path)!r})
 with reserved(path), all_or_nothing(path) as folder:
     (folder / "half").write_text("half")

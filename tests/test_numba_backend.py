@@ -223,6 +223,27 @@ def test_forward_alone():
     assert float(bce) == pytest.approx(float(right), rel=1e-5)
 
 
+def test_a_long_sum_is_that_of_its_parts(monkeypatch):
+    tables, batch, known, settings = make_tables(3), make_interactions(300), make_known(), LossSettings(10)
+    draws = {"key": KEY, "step": 0}
+    whole = sampled_bce.bce_sum(tables, batch, known, settings, first_position=1000, **draws)
+    sizes, run = [], sampled_bce._run
+    monkeypatch.setattr(
+        sampled_bce,
+        "_run",
+        lambda *given, **named: sizes.append(len(given[2])) or run(*given, **named),
+    )
+    monkeypatch.setattr(sampled_bce, "_PART_ROWS", 70)
+    cut = sampled_bce.bce_sum(tables, batch, known, settings, first_position=1000, **draws)
+    assert sizes == [70, 70, 70, 70, 20]
+    parts = [
+        float(sampled_bce.bce_sum(tables, part, known, settings, first_position=1000 + first, **draws))
+        for first, part in batch.parts(70)
+    ]
+    assert float(cut) == sum(parts)
+    assert float(cut) == pytest.approx(float(whole), rel=1e-12)
+
+
 @pytest.mark.parametrize("logit", [1e-3, 1.0, 20.0, 88.0, 150.0, 1e4])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_stable_for_large_logits(logit, sign):

@@ -75,7 +75,7 @@ def test_equals_replay(*, seed, num_users, num_items, width, k, truth_share):
         {
             "user_id": users,
             "item_id": items[users, places].astype(np.int64),
-            "rating": np.zeros(len(users)),
+            "score": np.zeros(len(users)),
             "rank": places + 1,
         }
     )

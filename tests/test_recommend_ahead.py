@@ -7,16 +7,17 @@ import pytest
 import torch
 
 from fasttower.errors import FastTowerError
-from fasttower.retrieval import recommendations
+from fasttower.retrieval import retriever
 from fasttower.retrieval.ahead import one_ahead
+from fasttower_kernels.topk import TopKSearch
 
 PATIENCE_S = 10
 
 
 @pytest.fixture
 def blocks_of_three_users(monkeypatch):
-    monkeypatch.setattr(recommendations, "_BLOCK_SLOTS", 15)  # at K = 5
-    monkeypatch.setattr(recommendations, "_mapping", lambda _device: one_ahead)
+    monkeypatch.setattr(retriever, "_BLOCK_SLOTS", 15)  # at K = 5
+    monkeypatch.setattr(retriever, "_mapping", lambda _device: one_ahead)
 
 
 def threads():
@@ -84,9 +85,9 @@ def test_the_next_block_is_searched_before_the_frame_of_this_one_is_made(
 ):
     searches, frames = [], []
 
-    def top_k(*vectors, **options):
-        searches.append(len(vectors[0]))
-        return search(*vectors, **options)
+    def search_of(catalogue, vectors, **options):
+        searches.append(len(vectors))
+        return search(catalogue, vectors, **options)
 
     def frame_of(*parts):
         # The next search begins though nobody asks for its result; after the last block there is none.
@@ -95,9 +96,9 @@ def test_the_next_block_is_searched_before_the_frame_of_this_one_is_made(
         frames.append(make(*parts))
         return frames[-1]
 
-    search, make = recommendations.top_k, recommendations.recommendation_frame
-    monkeypatch.setattr(recommendations, "top_k", top_k)
-    monkeypatch.setattr(recommendations, "recommendation_frame", frame_of)
+    search, make = TopKSearch.__call__, retriever.recommendation_frame
+    monkeypatch.setattr(TopKSearch, "__call__", search_of)
+    monkeypatch.setattr(retriever, "recommendation_frame", frame_of)
     ahead = run.recommend(k=5)
     monkeypatch.undo()
     assert len(frames) > 2
@@ -118,5 +119,5 @@ def test_a_wrong_argument_is_raised_from_the_thread_as_it_is(run, blocks_of_thre
 
 
 def test_a_cpu_searches_block_after_block():
-    assert recommendations._mapping(torch.device("cpu")) is map
-    assert recommendations._mapping(torch.device("cuda")) is one_ahead
+    assert retriever._mapping(torch.device("cpu")) is map
+    assert retriever._mapping(torch.device("cuda")) is one_ahead

@@ -16,7 +16,7 @@ from fasttower.errors import FastTowerError
 from fasttower.evaluation.popularity import item_popularity, most_popular
 from fasttower.evaluation.ranking import ranking_metrics
 from fasttower.evaluation.replay_report import replay_metrics
-from fasttower.retrieval import recommendation_frame
+from fasttower.retrieval import IdMap, recommendation_frame
 from fasttower_kernels.known_positives import KnownPositives
 from fasttower_kernels.topk import TopK
 
@@ -28,7 +28,7 @@ FIT = pl.DataFrame({"user_id": ["a", "b", "c", "a"], "item_id": [10, 20, 30, 40]
 def frame(*rows):
     return pl.DataFrame(
         rows,
-        schema={"user_id": pl.String, "item_id": pl.Int64, "rating": pl.Float32, "rank": pl.Int32},
+        schema={"user_id": pl.String, "item_id": pl.Int64, "score": pl.Float32, "rank": pl.Int32},
         orient="row",
     )
 
@@ -38,14 +38,14 @@ def test_a_frame_has_the_original_ids_without_absent_slots():
         torch.tensor([[3, 0], [-1, -1], [2, -1]], dtype=torch.int32),
         torch.tensor([[2.5, 1.0], [-torch.inf, -torch.inf], [0.5, -torch.inf]]),
     )
-    result = recommendation_frame(USERS["user_id"][[2, 0, 1]], topk, ITEMS)
+    result = recommendation_frame(USERS["user_id"][[2, 0, 1]], topk, IdMap(ITEMS))
     assert result.equals(frame(("c", 40, 2.5, 1), ("c", 10, 1.0, 2), ("b", 30, 0.5, 1)))
     assert result.schema == frame().schema
 
 
 def test_a_frame_without_recommendations_keeps_its_columns_and_types():
     topk = TopK(torch.full((1, 2), -1, dtype=torch.int32), torch.full((1, 2), -torch.inf))
-    result = recommendation_frame(USERS["user_id"][:1], topk, ITEMS)
+    result = recommendation_frame(USERS["user_id"][:1], topk, IdMap(ITEMS))
     assert result.schema == frame().schema
     assert result.is_empty()
 
@@ -54,22 +54,22 @@ def test_a_frame_without_recommendations_keeps_its_columns_and_types():
     ("user_index", "found", "items", "message"),
     [
         ([0, 1], [[0]], ITEMS, "expected \\(R,\\), \\(R, K\\) and \\(R, K\\)"),
-        ([0], [[4]], ITEMS, "item_index goes from 4 to 4; the map holds 0 to 3"),
+        ([0], [[4]], ITEMS, "item_index goes up to 4; the map holds 0 to 3"),
         ([0], [[0]], ITEMS.reverse(), "sort it by item_index"),
     ],
 )
 def test_a_frame_refuses_what_does_not_fit_its_map(user_index, found, items, message):
     topk = TopK(torch.tensor(found, dtype=torch.int32), torch.zeros(len(found), 1))
     with pytest.raises(FastTowerError, match=message):
-        recommendation_frame(USERS["user_id"][user_index], topk, items)
+        recommendation_frame(USERS["user_id"][user_index], topk, IdMap(items))
 
 
-def test_the_rank_decides_and_not_the_rating_or_the_larger_id():
-    # RePlay would put item 40 first, by its rating and, were the ratings equal, by its id.
+def test_the_rank_decides_and_not_the_score_or_the_larger_id():
+    # RePlay would put item 40 first, by its score and, were the scores equal, by its id.
     recommendations = frame(("a", 40, 9.0, 2), ("a", 10, 1.0, 1))
     test = pl.DataFrame({"user_id": ["a"], "item_id": [10]})
     assert replay_metrics(recommendations, test, FIT, 2)["MRR@2"] == 1.0
-    assert replay_metrics(recommendations, test, FIT, 2, by="rating")["MRR@2"] == 0.5
+    assert replay_metrics(recommendations, test, FIT, 2, by="score")["MRR@2"] == 0.5
 
 
 def test_only_the_first_k_of_test_users_count_and_repeated_pairs_count_once():
@@ -86,10 +86,10 @@ def test_only_the_first_k_of_test_users_count_and_repeated_pairs_count_once():
     assert metrics["Coverage@2"] == 2 / 4
 
 
-def test_the_first_k_are_chosen_by_rank_also_where_the_ratings_are_handed_over():
+def test_the_first_k_are_chosen_by_rank_also_where_the_scores_are_handed_over():
     tied = frame(("a", 10, 1.0, 1), ("a", 40, 1.0, 2))
     test = pl.DataFrame({"user_id": ["a"], "item_id": [10]})
-    assert replay_metrics(tied, test, FIT, 1, by="rating")["HitRate@1"] == 1.0
+    assert replay_metrics(tied, test, FIT, 1, by="score")["HitRate@1"] == 1.0
 
 
 def test_no_recommendations_at_all_score_zero():
@@ -172,10 +172,10 @@ def popularity_figures(fit, test):
     test_users, rows = test_users.unique(return_inverse=True)
     truth = KnownPositives.from_pairs(rows, test_items, len(test_users), items.height)
     topk = most_popular(known, test_users, k=10)
-    recommendations = recommendation_frame(users["user_id"].gather(test_users.numpy()), topk, items)
+    recommendations = recommendation_frame(users["user_id"].gather(test_users.numpy()), topk, IdMap(items))
     return (
         replay_metrics(recommendations, test, fit, 10),
-        replay_metrics(recommendations, test, fit, 10, by="rating"),
+        replay_metrics(recommendations, test, fit, 10, by="score"),
         ranking_metrics(topk.items, truth, torch.ones(items.height, dtype=torch.bool), 10),
     )
 

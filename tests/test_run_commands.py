@@ -46,7 +46,7 @@ def test_all_recommendations_go_to_a_file(ask, saved, run, tmp_path, suffix):
     assert (code, err) == (0, "")
     assert f"200 recommendations written to {path}" in out
     read = {"parquet": pl.read_parquet, "jsonl": pl.read_ndjson, "json": pl.read_json}.get(suffix)
-    types = {"user_id": pl.String, "rating": pl.Float32, "rank": pl.Int32}
+    types = {"user_id": pl.String, "score": pl.Float32, "rank": pl.Int32}
     frame = read(path) if read else pl.read_csv(path, schema_overrides=types)
     assert frame["user_id"].equals(run.recommendations["user_id"])
     assert frame["item_id"].equals(run.recommendations["item_id"])
@@ -54,7 +54,7 @@ def test_all_recommendations_go_to_a_file(ask, saved, run, tmp_path, suffix):
 
 
 def test_results_that_come_in_blocks_are_one_file(ask, saved, run, tmp_path, monkeypatch):
-    monkeypatch.setattr("fasttower.retrieval.recommendations._BLOCK_SLOTS", 35)  # seven users
+    monkeypatch.setattr("fasttower.retrieval.retriever._BLOCK_SLOTS", 35)  # seven users
     code, out, _ = ask("recommend", saved, "--k", 5, "--output", tmp_path / "out.parquet")
     assert code == 0
     assert "200 recommendations" in out
@@ -68,7 +68,7 @@ def test_results_that_come_in_blocks_are_one_file(ask, saved, run, tmp_path, mon
 def test_new_users_come_in_blocks_too(ask, saved, run, ratings, tmp_path, monkeypatch, suffix):
     ratings.select(user_id="item", item_id="user").write_csv(tmp_path / "new.csv")  # crosswise
     expected = run.recommend_new(ratings, k=5)
-    monkeypatch.setattr("fasttower.retrieval.recommendations._BLOCK_SLOTS", 35)  # seven users
+    monkeypatch.setattr("fasttower.retrieval.retriever._BLOCK_SLOTS", 35)  # seven users
     assert [frame["user_id"].n_unique() for frame in run.recommend_new_in_blocks(ratings, k=5)] == [7] * 5 + [
         5
     ]
@@ -80,7 +80,7 @@ def test_new_users_come_in_blocks_too(ask, saved, run, ratings, tmp_path, monkey
     frame = read(tmp_path / f"out.{suffix}")
     assert frame.columns == expected.columns
     assert frame.select("user_id", "item_id").equals(expected.select("user_id", "item_id"))
-    np.testing.assert_allclose(frame["rating"], expected["rating"], rtol=1e-5)
+    np.testing.assert_allclose(frame["score"], expected["score"], rtol=1e-5)
 
 
 def test_no_new_users_are_an_empty_file(ask, saved, run, tmp_path):

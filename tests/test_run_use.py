@@ -50,7 +50,7 @@ def test_some_users_get_their_rows_in_the_order_asked_for_each_once(run):
         theirs = run.recommendations.filter(pl.col("user_id") == user)
         got = frame.filter(pl.col("user_id") == user)
         assert got["item_id"].equals(theirs["item_id"])
-        np.testing.assert_allclose(got["rating"], theirs["rating"], rtol=1e-5)
+        np.testing.assert_allclose(got["score"], theirs["score"], rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -124,8 +124,8 @@ def test_k_beyond_what_is_left_gives_fewer_rows(run):
 
 def test_reduced_precision_recommends_the_same(run, ratings):
     exact, reduced = (run.recommend(k=5, scoring=scoring) for scoring in ("float32", "bfloat16"))
-    assert reduced.drop("rating").equals(exact.drop("rating"))
-    np.testing.assert_allclose(reduced["rating"], exact["rating"], rtol=1e-5, atol=1e-6)
+    assert reduced.drop("score").equals(exact.drop("score"))
+    np.testing.assert_allclose(reduced["score"], exact["score"], rtol=1e-5, atol=1e-6)
     for call in (run.recommend, lambda **options: run.recommend_new(ratings, **options)):
         with pytest.raises(FastTowerError, match="scoring is 'float16'; expected"):
             call(scoring="float16")
@@ -223,13 +223,13 @@ def test_what_cannot_be_answered_is_one_line(run, ask, message):
 def test_scores_are_the_models_in_the_order_given(run):
     pairs = pl.DataFrame({"who": ["003", "001", "003"], "item": ["item 4", "item 9", "item 4"]})
     frame = run.score(pairs.rename({"who": "user"}))
-    assert frame.columns == ["user_id", "item_id", "rating"]
+    assert frame.columns == ["user_id", "item_id", "score"]
     assert frame["user_id"].to_list() == ["003", "001", "003"]
     users, items = (dict(map_.rows()) for map_ in (run.users, run.items))
-    for user, item, rating in frame.rows():
+    for user, item, score in frame.rows():
         u = run.model.infer_users()[users[user]]
         expected = u @ run.model.infer_items()[items[item]] + run.model.item_bias[items[item]]
-        assert rating == pytest.approx(expected.item(), rel=1e-5)
+        assert score == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_columns_that_the_run_was_told_of_count_where_they_are_there(ratings):
@@ -350,7 +350,7 @@ def test_vectors_and_bias_make_the_score(run):
     user, item = users.row(3, named=True), items.row(8, named=True)
     score = np.dot(user["vector"], item["vector"]) + item["item_bias"]
     pair = pl.DataFrame({"user": [user["user_id"]], "item": [item["item_id"]]})
-    assert run.score(pair)["rating"][0] == pytest.approx(score, rel=1e-5)
+    assert run.score(pair)["score"][0] == pytest.approx(score, rel=1e-5)
 
 
 def test_a_model_without_a_bias_has_no_column_of_it(numbered):
@@ -522,7 +522,7 @@ def test_an_updated_run_can_be_saved_updated_again_and_evaluated(run, tmp_path, 
 def test_titles_come_with_recommendations_and_neighbours(ml_100k):
     config = Config(**{**vars(CONFIG), "epochs": 1, "valid_fraction": 0.0, "batch_size": 4096})
     run = fasttower.fit(ml_100k, config)
-    assert run.recommendations.columns == ["user_id", "item_id", "rating", "rank"]
+    assert run.recommendations.columns == ["user_id", "item_id", "score", "rank"]
     titles = dict(run.items.select("item_id", "title").iter_rows())
     for frame, column in (
         (run.recommend(run.users["user_id"][:2], k=3), "item_id"),
@@ -544,13 +544,13 @@ def test_a_gpu_whose_memory_runs_out_says_what_to_do(run, monkeypatch):
 
     pairs = pl.DataFrame({"user": ["001"], "item": ["item 1"]})
     for place, ask in (
-        ("fasttower.retrieval.recommendations.top_k", lambda: run.recommend(["001"])),
-        ("fasttower.retrieval.recommendations.top_k", lambda: run.recommend_new(pairs)),
-        ("fasttower.run.fold_in", lambda: run.recommend_new(pairs)),
-        ("fasttower.retrieval.neighbours.top_k", lambda: run.similar_items(["item 1"])),
-        ("fasttower.retrieval.neighbours.top_k", lambda: run.similar_users(["001"])),
+        ("fasttower_kernels.topk.TopKSearch.__call__", lambda: run.recommend(["001"])),
+        ("fasttower_kernels.topk.TopKSearch.__call__", lambda: run.recommend_new(pairs)),
+        ("fasttower.run.recommend.fold_in", lambda: run.recommend_new(pairs)),
+        ("fasttower_kernels.topk.TopKSearch.__call__", lambda: run.similar_items(["item 1"])),
+        ("fasttower_kernels.topk.TopKSearch.__call__", lambda: run.similar_users(["001"])),
         ("fasttower.model.TwoTower.score", lambda: run.score(pairs)),
-        ("fasttower.evaluation.later_test.most_popular", lambda: run.evaluate(pairs)),
+        ("fasttower.run.evaluate.most_popular", lambda: run.evaluate(pairs)),
     ):
         with monkeypatch.context() as patched:
             patched.setattr(place, fail)

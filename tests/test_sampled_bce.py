@@ -5,7 +5,7 @@ import torch
 
 from fasttower_kernels.known_positives import KnownPositives
 from fasttower_kernels.negatives.reference import sample_negatives
-from fasttower_kernels.sampled_bce import LossSettings
+from fasttower_kernels.sampled_bce import LossSettings, reference
 from fasttower_kernels.sampled_bce.reference import bce_sum, train_step
 from fasttower_kernels.tables import Interactions, Tables, padded
 
@@ -81,7 +81,27 @@ def test_gradients(dim, num_negatives, size, exclude, l2, loss_scale, known):
     assert (
         float(gradients.users[:, dim:].abs().sum() + gradients.items[:, dim:].abs().sum()) == 0
     )  # the padding
-    torch.testing.assert_close(bce_sum(tables, batch, known, settings, key=KEY, step=3), bce)
+    torch.testing.assert_close(bce_sum(tables, batch, known, settings, key=KEY, step=3), bce.double())
+
+
+def test_a_long_sum_is_that_of_its_parts_in_float64(known, monkeypatch):
+    tables, batch, settings = make_tables(4), make_batch(40), LossSettings(3)
+    whole = bce_sum(tables, batch, known, settings, key=KEY, step=3, first_position=100)
+    scored, sample = [], reference.sample_negatives
+    monkeypatch.setattr(
+        reference,
+        "sample_negatives",
+        lambda users, *rest, **given: scored.append(len(users)) or sample(users, *rest, **given),
+    )
+    monkeypatch.setattr(reference, "_PART_ROWS", 7)
+    cut = bce_sum(tables, batch, known, settings, key=KEY, step=3, first_position=100)
+    assert scored == [7, 7, 7, 7, 7, 5]
+    parts = [
+        float(bce_sum(tables, part, known, settings, key=KEY, step=3, first_position=100 + first))
+        for first, part in batch.parts(7)
+    ]
+    assert float(cut) == sum(parts)
+    assert float(cut) == pytest.approx(float(whole), rel=1e-6)
 
 
 def test_gradients_are_added(known):

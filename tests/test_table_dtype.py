@@ -11,8 +11,8 @@ from conftest import CONFIG
 import fasttower
 from fasttower.config import Config, TrainingConfig
 from fasttower.errors import FastTowerError
-from fasttower.model import TwoTower
-from fasttower.training.trainer import train
+from fasttower.training.data import TrainingData
+from fasttower.training.trainer import Trainer
 from fasttower_kernels.known_positives import KnownPositives
 from fasttower_kernels.philox import seed_key
 from fasttower_kernels.sampled_bce import LossSettings
@@ -137,9 +137,11 @@ def test_a_device_that_fell_back_to_the_cpu(ratings):
 def test_the_trainer_passes_it_on(interactions, known):
     tables = []
     for dtype in ("float32", "bfloat16"):
-        config = TrainingConfig(embedding_dim=8, batch_size=10, backend="torch", table_dtype=dtype)
-        model = TwoTower(NUM_USERS, NUM_ITEMS, 8).initialise(0, 0.1)
-        train(model, interactions, known, config, l2=0.01, epochs=2)
+        config = TrainingConfig(
+            embedding_dim=8, batch_size=10, epochs=2, l2=(0.01,), backend="torch", table_dtype=dtype
+        )
+        data = TrainingData(interactions, interactions, None, known)
+        model = Trainer(data, config.resolved(len(interactions))).train().model
         tables.append(model.tables)
     assert not tables[0].users.equal(tables[1].users)
     assert all(table.dtype == torch.float32 for table in tables[1])

@@ -51,7 +51,7 @@ def scored_twice(monkeypatch):
     dim=st.integers(1, 5),
     k=st.sampled_from([1, 2, 3, 10, 64, 300]),
     spare=st.sampled_from([1, 2, 7, 32]),
-    spread=st.sampled_from([1, 3, 300, 1500]),  # scores of the larger ones are exact in float32 alone
+    spread=st.sampled_from([1, 3, 300, 1500]),  # scores of the larger ones are exact only in float32
     seen_share=st.sampled_from([None, 0.0, 0.02, 0.3, 0.9, 1.0]),
     candidate_share=st.sampled_from([None, 0.0, 0.01, 0.5, 0.95, 1.0]),
     bias=st.booleans(),
@@ -252,7 +252,7 @@ def test_rounding_to_tf32_is_to_the_nearest():
     ("options", "message"),
     [
         ({"scoring": "float16"}, "scoring is 'float16'; expected float32, tf32, bfloat16"),
-        ({"scoring": "bfloat16", "backend": "numba"}, "backend numba has float32 alone"),
+        ({"scoring": "bfloat16", "backend": "numba"}, "backend numba has only float32"),
         ({"scoring": "bfloat16", "backend": "triton"}, "no top-K"),
     ],
 )

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from topk_oracle import assert_equal, integers, oracle, padded, random_seen
 
 from fasttower_kernels.known_positives import KnownPositives
-from fasttower_kernels.topk import reference, top_k
+from fasttower_kernels.topk import certified, reference, top_k
 from fasttower_kernels.topk.tiles import Catalogue
 
 try:
@@ -121,6 +121,30 @@ def test_nothing_but_unseen_candidates_is_given(backend, budget, share):
     assert not torch.from_numpy(mask).gather(1, item)[there].any()
     best = scores.masked_fill(torch.from_numpy(mask), -torch.inf).topk(min(60, left)).values
     torch.testing.assert_close(result.scores[:, : best.shape[1]], best)
+
+
+@pytest.mark.parametrize("num_items", [26_744, 100_000])
+def test_a_tile_has_fewer_than_2_31_scores_on_the_largest_gpu(num_items):
+    catalogue = Catalogue.of(torch.ones(1, 1).expand(num_items, 1), None, None, 1)
+    rows, columns = reference.tile_shape(catalogue, 141 << 30, per_row=reference.BYTES_PER_BEST * 10)
+    assert 2**31 - columns <= rows * columns < 2**31
+
+
+@pytest.mark.parametrize("scoring", ["float32", "bfloat16"])
+def test_no_budget_makes_a_tile_larger_than_what_torch_can_count(monkeypatch, scoring):
+    most, tiles, multiply = 40_000, [], reference.multiply
+    for module in (reference, certified):
+        monkeypatch.setattr(
+            module,
+            "multiply",
+            lambda *factors, out: tiles.append(out.numel()) or multiply(*factors, out=out),
+        )
+    monkeypatch.setattr(reference, "_MOST_SCORES", most)
+    generator = np.random.default_rng(3)
+    users, items = integers(generator, -3, 4, 101, 6), integers(generator, -3, 4, 1500, 6)
+    result = top_k(users, items, k=9, scoring=scoring, memory_budget_bytes=1 << 30, backend="torch")
+    assert most // 2 < max(tiles) <= most
+    assert_equal(result, oracle(users, items, 9))
 
 
 @needs_numba

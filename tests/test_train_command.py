@@ -15,7 +15,7 @@ import pytest
 import fasttower
 from fasttower import train
 from fasttower.cli import guarded, main
-from fasttower.new_directory import reserved
+from fasttower.run.new_directory import reserved
 
 ROOT = Path(__file__).parent.parent
 QUICK = [

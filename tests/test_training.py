@@ -1,5 +1,7 @@
 """The training loop and the choice of the epoch."""
 
+import dataclasses
+import importlib.util
 import math
 
 import pytest
@@ -8,17 +10,34 @@ import torch
 from fasttower.config import TrainingConfig
 from fasttower.errors import TrainingError
 from fasttower.model import TwoTower
-from fasttower.training.selection import TrainingData, train_model
-from fasttower.training.trainer import Observer, train
+from fasttower.training.data import TrainingData
+from fasttower.training.observer import Observer
+from fasttower.training.plan import Plan
+from fasttower.training.trainer import Trainer
 from fasttower.training.validation import Validation
 from fasttower_kernels.known_positives import KnownPositives
-from fasttower_kernels.sampled_bce import LossSettings
+from fasttower_kernels.sampled_bce import LossSettings, bce_sum
 from fasttower_kernels.tables import Interactions
 
 NUM_USERS, NUM_ITEMS = 30, 40
+BACKENDS = [
+    "torch",
+    pytest.param(
+        "numba",
+        marks=pytest.mark.skipif(not importlib.util.find_spec("numba"), reason="numba is not installed"),
+    ),
+]
 CONFIG = TrainingConfig(
-    embedding_dim=4, batch_size=64, epochs=4, learning_rate=0.05, l2=(0.03,), backend="torch"
+    embedding_dim=4, batch_size=64, epochs=4, learning_rate=0.05, l2=(0.03,), k=5, backend="torch"
 )
+
+
+def config_with(**fields):
+    return dataclasses.replace(CONFIG, **fields)
+
+
+def train(data, config, **options):
+    return Trainer(data, config.resolved(len(data.fit)), **options).train()
 
 
 @pytest.fixture
@@ -52,7 +71,7 @@ class Recorder(Observer):
 
 def test_history_tells_every_epoch(data):
     observer = Recorder()
-    trained = train_model(data, CONFIG, k=5, refit=True, observer=observer)
+    trained = train(data, CONFIG, observer=observer)
     assert trained.history == observer.epochs
     chosen = [record for record in trained.history if record.phase == "choose"]
     refitted = [record for record in trained.history if record.phase == "refit"]
@@ -67,18 +86,18 @@ def test_history_tells_every_epoch(data):
 
 
 def test_refit_is_training_on_fit_for_the_chosen_epochs(data):
-    trained = train_model(data, CONFIG, k=5, refit=True)
+    trained = train(data, CONFIG)
     alone = TrainingData(data.fit, data.fit, None, data.known_positives)
-    config = TrainingConfig(**{**vars(CONFIG), "epochs": trained.best_epoch})
-    again = train_model(alone, config, k=5, refit=True)
+    config = config_with(epochs=trained.best_epoch)
+    again = train(alone, config)
     assert {record.phase for record in again.history} == {"train"}
     for left, right in zip(trained.model.tables, again.model.tables, strict=True):
         assert left.equal(right)
 
 
 def test_the_validation_part_chooses_l2(data):
-    config = TrainingConfig(**{**vars(CONFIG), "l2": (3.0, 0.0, 0.02)})
-    trained = train_model(data, config, k=5, refit=True)
+    config = config_with(l2=(3.0, 0.0, 0.02))
+    trained = train(data, config)
     chosen = [record for record in trained.history if record.phase == "choose"]
     assert [record.l2 for record in chosen] == [3.0] * 4 + [0.0] * 4 + [0.02] * 4
     best = max(chosen, key=lambda record: record.valid["NDCG@5"])
@@ -88,24 +107,21 @@ def test_the_validation_part_chooses_l2(data):
 
 
 def test_each_l2_starts_anew(data):
-    several = train_model(data, TrainingConfig(**{**vars(CONFIG), "l2": (0.1, 0.03)}), k=5, refit=False)
-    alone = train_model(data, CONFIG, k=5, refit=False)
+    several = train(data, config_with(l2=(0.1, 0.03), refit=False))
+    alone = train(data, config_with(refit=False))
     losses = [[record.train_loss for record in trained.history][-4:] for trained in (several, alone)]
     assert losses[0] == losses[1]
 
 
 def test_without_a_validation_part_the_first_l2_counts(data):
-    config = TrainingConfig(**{**vars(CONFIG), "l2": (0.1, 0.03)})
-    trained = train_model(
-        TrainingData(data.fit, data.fit, None, data.known_positives), config, k=5, refit=True
-    )
+    config = config_with(l2=(0.1, 0.03))
+    trained = train(TrainingData(data.fit, data.fit, None, data.known_positives), config)
     assert {record.l2 for record in trained.history} == {trained.l2} == {0.1}
     assert trained.best_epoch == len(trained.history) == 4
 
 
 def test_without_refit_the_best_epochs_model_is_kept(data):
-    config = TrainingConfig(**{**vars(CONFIG), "learning_rate": 0.5, "epochs": 8})
-    trained = train_model(data, config, k=5, refit=False)
+    trained = train(data, config_with(learning_rate=0.5, epochs=8, refit=False))
     assert trained.best_epoch < 8  # else the test shows nothing
     seen = KnownPositives.from_pairs(data.train.user_index, data.train.item_index, NUM_USERS, NUM_ITEMS)
     metrics = Validation.of(data.valid, seen, 5).metrics(trained.model)
@@ -116,21 +132,21 @@ def test_the_choosing_phase_does_not_see_validation_rows(data):
     """Validation rows may be drawn as negatives and are not trained on, so changing them changes no table."""
     other = Interactions(data.valid.user_index, (data.valid.item_index + 2) % NUM_ITEMS)
     changed = TrainingData(data.fit, data.train, other, data.known_positives)
-    first, second = (train_model(parts, CONFIG, k=5, refit=False) for parts in (data, changed))
+    first, second = (train(parts, config_with(refit=False)) for parts in (data, changed))
     losses = [[record.train_loss for record in trained.history] for trained in (first, second)]
     assert losses[0] == losses[1]
 
 
 def test_stopped_while_choosing(data):
-    trained = train_model(data, CONFIG, k=5, refit=True, observer=Recorder(looks=2))
+    trained = train(data, CONFIG, observer=Recorder(looks=2))
     assert trained.interrupted
     assert [record.phase for record in trained.history] == ["choose", "choose"]
     assert trained.best_epoch in (1, 2)
 
 
 def test_stopped_in_the_refit_keeps_the_best_epochs_model(data):
-    whole = train_model(data, CONFIG, k=5, refit=False)
-    trained = train_model(data, CONFIG, k=5, refit=True, observer=Recorder(looks=5))
+    whole = train(data, config_with(refit=False))
+    trained = train(data, CONFIG, observer=Recorder(looks=5))
     assert trained.interrupted
     assert trained.best_epoch > 1  # else the refit was not stopped
     assert [record.phase for record in trained.history] == ["choose"] * 4 + ["refit"]
@@ -139,30 +155,102 @@ def test_stopped_in_the_refit_keeps_the_best_epochs_model(data):
 
 
 def test_parameters_beyond_all_use_stop_the_training_in_a_single_step(data):
-    config = TrainingConfig(**{**vars(CONFIG), "learning_rate": 1e30, "batch_size": 1000})
+    config = config_with(learning_rate=1e30, batch_size=1000)
     model = TwoTower(NUM_USERS, NUM_ITEMS, 4).initialise(0, 0.1)
     with pytest.raises(TrainingError, match="learning-rate"):
-        train(model, data.fit, data.known_positives, config, l2=0.0, epochs=1)
+        train(data, config, plan=Plan((0,), (0.0,), epochs=1), model=model)
 
 
 def test_stopped_in_the_first_epoch(data, monkeypatch):
     monkeypatch.setattr("fasttower.training.trainer._TICK_POSITIVES", 64)
-    trained = train_model(data, CONFIG, k=5, refit=True, observer=Recorder(looks=1))
+    trained = train(data, CONFIG, observer=Recorder(looks=1))
     assert trained.interrupted
     assert trained.history == []
     assert trained.model.infer_users().isfinite().all()
 
 
 def test_same_seed_same_model(data):
-    models = [train_model(data, CONFIG, k=5, refit=True).model for _ in range(2)]
+    models = [train(data, CONFIG).model for _ in range(2)]
     for left, right in zip(models[0].tables, models[1].tables, strict=True):
         assert left.equal(right)
+
+
+def without_times(history):
+    return [dataclasses.replace(record, epoch_s=0, positives_per_s=0, elapsed_s=0) for record in history]
+
+
+def assert_same(trained, wanted):
+    assert without_times(trained.history) == without_times(wanted.history)
+    assert (trained.l2, trained.best_epoch) == (wanted.l2, wanted.best_epoch)
+    for left, right in zip(trained.model.tables, wanted.model.tables, strict=True):
+        assert left.equal(right)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_copied_state_goes_on_bit_for_bit(data, backend, monkeypatch):
+    monkeypatch.setattr("fasttower.training.trainer._TICK_POSITIVES", 3 * 128)  # calls of 3 steps and 1 or 2
+    config = config_with(
+        backend=backend, batch_size=128, num_negatives=3, epochs=2, l2=(0.1, 0.03), optimiser="lazy_adam"
+    ).resolved(len(data.fit))
+    wanted = Trainer(data, config).train()
+    assert wanted.history[-1].phase == "refit"
+
+    disturbed, states = Trainer(data, config), []
+    while disturbed.phase is not None:
+        disturbed.advance()
+        states.append(disturbed.state())
+    middle_of_second_choice, end_of_choices, middle_of_refit, end = (
+        states[6],
+        states[7],
+        states[8],
+        states[-1],
+    )
+    assert [(len(state.progress.outcomes), state.progress.step) for state in states[6:9]] == [
+        (1, 7),
+        (2, 0),
+        (2, 3),
+    ]
+    for state in (middle_of_second_choice, end_of_choices, middle_of_refit, end):
+        resumed = Trainer(data, config)
+        resumed.load(state)
+        assert_same(resumed.train(), wanted)
+
+
+def test_a_copied_state_has_the_best_epochs_tables(data):
+    config = config_with(learning_rate=0.5, epochs=8, refit=False).resolved(len(data.fit))
+    wanted = Trainer(data, config).train()
+    assert wanted.best_epoch < 8  # else the test shows nothing
+    disturbed, resumed = Trainer(data, config), Trainer(data, config)
+    for _ in range(wanted.best_epoch):
+        disturbed.advance()
+    resumed.load(disturbed.state())
+    assert_same(resumed.train(), wanted)
+
+
+def test_a_copied_state_knows_which_seeds_are_done(data):
+    config = config_with(epochs=1, seeds=2, refit=False, batch_size=500).resolved(len(data.fit))
+    trainer = Trainer(data, config)
+    first, between, second = trainer.train(), trainer.state(), trainer.train()
+    resumed = Trainer(data, config)
+    resumed.load(between)
+    assert_same(resumed.train(), second)
+    assert not first.model.tables.users.equal(second.model.tables.users)
+
+
+def test_a_stopped_training_goes_on_with_the_next_call(data):
+    observer = Recorder(looks=5)
+    trainer = Trainer(data, CONFIG.resolved(len(data.fit)), observer=observer)
+    stopped = trainer.train()
+    assert stopped.interrupted
+    assert stopped.history[-1].phase == "refit"
+    observer.looks = math.inf
+    assert_same(trainer.train(), train(data, CONFIG))
 
 
 def test_a_loss_that_is_not_finite_stops_the_training(data):
     model = TwoTower(NUM_USERS, NUM_ITEMS, 4).initialise(0, math.inf)
     with pytest.raises(TrainingError, match="learning-rate"):
-        train(model, data.fit, data.known_positives, CONFIG, l2=0.03, epochs=1)
+        train(data, CONFIG, plan=Plan((0,), (0.03,), epochs=1), model=model)
 
 
 def test_validation_loss_is_the_mean_over_pairs_and_repeats(data):
@@ -192,11 +280,19 @@ def test_validation_metrics_can_keep_training_items(data):
     assert validation.metrics(model)[f"Recall@{NUM_ITEMS}"] == 1
 
 
-def test_validation_loss_does_not_depend_on_its_parts(data, monkeypatch):
+def test_validation_loss_is_one_call_and_its_indices_are_checked_once(data, monkeypatch):
+    many = Interactions(*(index.repeat(400) for index in (data.valid.user_index, data.valid.item_index)))
     model = TwoTower(NUM_USERS, NUM_ITEMS, 4).initialise(0, 1.0)
-    validation = Validation.of(data.valid, data.known_positives, 5)
-    losses = []
-    for rows in (1000, 7):
-        monkeypatch.setattr("fasttower.training.validation._LOSS_ROWS", rows)
-        losses.append(validation.loss(model, LossSettings(3), data.known_positives, seed=1, backend="torch"))
-    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    validation = Validation.of(many, data.known_positives, 5)
+    calls, checked, lowest = [], [], torch.Tensor.min
+    monkeypatch.setattr(
+        "fasttower.training.validation.bce_sum",
+        lambda tables, pairs, *rest, **given: calls.append(pairs) or bce_sum(tables, pairs, *rest, **given),
+    )
+    monkeypatch.setattr(torch.Tensor, "min", lambda index: checked.append(index) or lowest(index))
+    for _ in range(2):
+        validation.loss(model, LossSettings(1), data.known_positives, seed=1, backend="torch")
+    assert [pairs is many for pairs in calls] == [True, True]
+    assert len(checked) == 2
+    assert checked[0] is many.user_index
+    assert checked[1] is many.item_index

@@ -12,8 +12,8 @@ from fasttower.cli import parse
 from fasttower.commands.inputs import with_columns
 from fasttower.commands.output import check_output, metrics_frame, say, show_frame, warn, write_frames
 from fasttower.config import Device
-from fasttower.evaluation.later_test import METRICS
 from fasttower.run import load_run
+from fasttower.run.evaluate import METRICS
 
 DESCRIPTION = (
     "RePlay's metrics of a run's recommendations against a file of interactions, beside popularity's.\n\n"

@@ -11,8 +11,8 @@ import tyro
 
 from fasttower.cli import parse
 from fasttower.commands.output import say
-from fasttower.export import Format
 from fasttower.run import load_run
+from fasttower.run.export import Format
 
 DESCRIPTION = (
     "Write the vectors, the item bias as one more dimension: the inner product is the score.\n\n"

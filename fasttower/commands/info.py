@@ -48,9 +48,13 @@ def run(arguments: Sequence[str]) -> int:
         why = "not measured since its update" if metrics.get("updates") else "no test part"
         say(f"{why}; fasttower evaluate takes a later file")
     for number, update in enumerate(metrics.get("updates", ()), start=1):
-        nouns = {"rows": "row", "new_users": "new user", "new_items": "new item", "epochs": "epoch"}
-        counts = ", ".join(counted_noun(update[field], noun) for field, noun in nouns.items())
-        say(f"update {number}: {counts}")
+        counts = (
+            counted_noun(update["rows"], "row"),
+            counted_noun(update["new_users"], "new user"),
+            counted_noun(update["new_items"], "new item"),
+            counted_noun(update["epochs"], "epoch"),
+        )
+        say(f"update {number}: {', '.join(counts)}")
     if trained.interrupted:
         say("its training was interrupted")
     return 0

@@ -15,7 +15,7 @@ from fasttower.commands.output import check_output, counted, say, show_frame, wa
 from fasttower.config import Device
 from fasttower.data.later_rows import positives, read_later_rows
 from fasttower.errors import FastTowerError
-from fasttower.retrieval.ids import Unknown, with_index
+from fasttower.retrieval.ids import IdMap, Unknown
 from fasttower.run import Run, load_run
 from fasttower_kernels.topk import Scoring
 
@@ -82,7 +82,7 @@ def run(arguments: Sequence[str]) -> int:
         frames_of_ids = [ids.to_frame() for ids in named + listed]
         users = pl.concat(frames_of_ids, how="vertical_relaxed").to_series()
         if flags.unknown == "skip":
-            _warn_of_unknown("--user, --users", users, trained.users)
+            _warn_of_unknown("--user, --users", users, trained.retriever.users)
     elif flags.output is None and flags.new is None:
         users = trained.users["user_id"].head(_SHOWN_USERS)
 
@@ -91,7 +91,7 @@ def run(arguments: Sequence[str]) -> int:
         new = read_later_rows(flags.new, asked, rated=asked.min_rating is not None, like=maps)
         count = new["user_id"].n_unique()
         if flags.unknown == "skip":
-            _warn_of_unknown(str(flags.new), new["item_id"], trained.items)
+            _warn_of_unknown(str(flags.new), new["item_id"], trained.retriever.items)
         if low := len(new) - len(positives(new, asked.min_rating)):
             warn(
                 f"{low:,} of {len(new):,} rows are rated below the run's min_rating of"
@@ -134,13 +134,13 @@ def _items(file: Path | None, trained: Run, column: str | None) -> pl.Series | N
     if file is None:
         return None
     ids = ids_from_file(file, trained.items, column)
-    _warn_of_unknown(str(file), ids, trained.items)
+    _warn_of_unknown(str(file), ids, trained.retriever.items)
     return ids
 
 
-def _warn_of_unknown(where: str, ids: pl.Series, id_map: pl.DataFrame) -> None:
-    """A word on ids that are none of the run's."""
-    column, index = id_map.columns[:2]
-    unknown = with_index(ids.unique().to_frame(), id_map)[index].null_count()
+def _warn_of_unknown(where: str, ids: pl.Series, id_map: IdMap) -> None:
+    """Warn of ids that the run does not know."""
+    unknown = id_map.with_index(ids.unique().to_frame())[id_map.index_name].null_count()
     if unknown:
-        warn(f"{where}: {unknown:,} of {ids.n_unique():,} {column.removesuffix('_id')}s are not in the run")
+        kind = id_map.id_name.removesuffix("_id")
+        warn(f"{where}: {unknown:,} of {ids.n_unique():,} {kind}s are not in the run")

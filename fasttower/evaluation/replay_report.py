@@ -16,12 +16,12 @@ def replay_metrics(
     test: pl.DataFrame,
     fit: pl.DataFrame,
     k: int,
-    by: Literal["rank", "rating"] = "rank",
+    by: Literal["rank", "score"] = "rank",
 ) -> dict[str, float]:
     """RePlay's NDCG, HitRate, Recall, MAP, MRR and Coverage of the first k recommendations.
 
     RePlay orders by the rating and breaks ties by the larger item id. By rank it is handed ``k + 1 - rank``,
-    which has no ties, so that the order of the recommendations stands; by rating it is handed the ratings, as
+    which has no ties, so that the order of the recommendations stands; by score it is handed the scores, as
     published rows of the popularity baseline are computed from counts, and orders equal ones by its own rule.
     Either way the first k by rank are chosen here.
 
@@ -30,7 +30,7 @@ def replay_metrics(
     to the distinct items of fit.
 
     Args:
-        recommendations: user_id, item_id, rating and rank (from 1); users outside test are not read.
+        recommendations: user_id, item_id, score and rank (from 1); users outside test are not read.
         test: user_id, item_id: the relevant pairs.
         fit: user_id, item_id: the interactions that the model was fitted to; only its items are read.
         k: the cutoff, at least 1.
@@ -51,7 +51,7 @@ def replay_metrics(
     from replay.metrics import MAP, MRR, NDCG, Coverage, HitRate, OfflineMetrics, Recall  # noqa: PLC0415
 
     truth = test.select(PAIR).unique()
-    rating = pl.col("rating") if by == "rating" else k + 1 - pl.col("rank").cast(pl.Int64)
+    rating = pl.col("score") if by == "score" else k + 1 - pl.col("rank").cast(pl.Int64)
     recommended = (
         recommendations.filter(pl.col("rank") <= k)
         .join(truth, on="user_id", how="semi")

@@ -1,4 +1,4 @@
-"""Training: epochs of steps, the choice of the epoch on a validation part, and the refit.
+"""Training: a plan of phases, and the trainer that goes through them.
 
-Needs torch and numpy alone, and numba or Triton where they are there.
+Needs only torch and numpy, and numba or Triton where they are there.
 """

@@ -1,11 +1,11 @@
-"""A trained model with room for users and items that it has not seen."""
+"""A trained model with room for new users and items."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from fasttower.config import TrainingConfig
+from fasttower.config import ResolvedTrainingConfig
 from fasttower.model import TwoTower
 from fasttower.training.fold_in import fold_in
 from fasttower_kernels.known_positives import KnownPositives
@@ -21,7 +21,7 @@ def extended_model(
     interactions: Interactions,
     num_users: int,
     num_items: int,
-    config: TrainingConfig,
+    config: ResolvedTrainingConfig,
     l2: float,
 ) -> TwoTower:
     """A model of more users and items: known vectors as they are, new ones where training would begin.
@@ -36,13 +36,12 @@ def extended_model(
         interactions: in the new rows; those of new users are read.
         num_users: rows of the new user table.
         num_items: rows of the new item table.
-        config: resolved; of the loss and the initial draws.
+        config: of the loss and the initial draws.
         l2: the weight of the L2 term.
 
     Returns:
         The new model, on the device of the old one.
     """
-    assert config.init_scale is not None  # it is resolved
     device = model.tables.users.device
     bigger = TwoTower(num_users, num_items, model.embedding_dim, item_bias=model.item_bias is not None)
     bigger = bigger.initialise(config.seed, config.init_scale).to(device)

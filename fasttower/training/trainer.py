@@ -1,21 +1,25 @@
-"""The training loop."""
+"""The trainer: goes through a plan's phases, a call of the training step at a time."""
 
 from __future__ import annotations
 
+import copy
 import math
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from fasttower.config import TrainingConfig
+from fasttower.config import ResolvedTrainingConfig
 from fasttower.device import deterministic_kernels
 from fasttower.errors import TrainingError
 from fasttower.model import TwoTower
+from fasttower.training.data import TrainingData
+from fasttower.training.observer import EpochRecord, Observer
+from fasttower.training.plan import Outcome, Phase, Plan
+from fasttower.training.state import BestEpoch, Progress, TrainerState
 from fasttower.training.validation import Validation
-from fasttower_kernels.backends import choose_backend
+from fasttower_kernels.backends import Backend, choose_backend
 from fasttower_kernels.known_positives import KnownPositives
 from fasttower_kernels.sampled_bce import LossSettings
 from fasttower_kernels.tables import Interactions
@@ -29,141 +33,283 @@ _LARGEST_PARAMETER = 1e15
 
 
 @dataclass(frozen=True)
-class EpochRecord:
-    """One line of a run's history.
+class TrainedModel:
+    """A model and how it was trained.
 
     Attributes:
-        phase: "choose", "refit", "train" or "update".
-        l2: the weight of the L2 term.
-        epoch: from 1.
-        step: training steps done so far.
-        train_loss: mean BCE of the epoch.
-        valid_loss: mean BCE of the validation part after the epoch; None without one.
-        valid: ranking metrics of the validation part after the epoch.
-        epoch_s: seconds of training alone.
-        positives_per_s: of training alone.
-        elapsed_s: seconds since the phase began, validation included.
+        model: the trained model.
+        history: the record of every epoch, of all phases.
+        l2: the weight of the L2 term that the validation part chose; the first one without a validation part.
+        best_epoch: the epoch that it chose; the last one without a validation part.
+        interrupted: whether the stop signal ended training early.
     """
 
-    phase: str
+    model: TwoTower
+    history: list[EpochRecord]
     l2: float
-    epoch: int
-    step: int
-    train_loss: float
-    valid_loss: float | None
-    valid: dict[str, float]
-    epoch_s: float
-    positives_per_s: float
-    elapsed_s: float
+    best_epoch: int
+    interrupted: bool
 
 
-class Observer:
-    """What the trainer tells and asks while it runs; silent as it is, every method may be overridden."""
+@dataclass(frozen=True)
+class _PhaseStep:
+    """The training step of a phase.
 
-    def on_progress(self, phase: str, epoch: int, epochs: int, done: int, total: int) -> None:
-        """Called every so often with the epoch from 1 and the positives done, and to do, in the phase."""
+    Attributes:
+        state: what it updates.
+        interactions: the n positives.
+        excluded: what negatives leave out, or None.
+        settings: of the loss, the optimiser and the batches.
+        backend: as asked for.
+        deterministic: whether it repeats bit for bit on a GPU too.
+    """
 
-    def on_epoch(self, record: EpochRecord) -> None:
-        """Called after each epoch."""
+    state: TrainState
+    interactions: Interactions
+    excluded: KnownPositives | None
+    settings: StepSettings
+    backend: Backend
+    deterministic: bool
 
-    def should_stop(self) -> bool:
-        """Asked every so often; True ends the training there."""
-        return False
+    @property
+    def per_epoch(self) -> int:
+        """S, steps per epoch."""
+        return steps_per_epoch(len(self.interactions), self.settings.batch_size)
+
+    @property
+    def tick(self) -> int:
+        """Steps per call, if the epoch has as many left.
+
+        With lazy Adam the ends of calls show in the last bits, so the clock has no say in them.
+        """
+        on_gpu = self.interactions.user_index.device.type == "cuda"
+        return self.per_epoch if on_gpu else max(1, _TICK_POSITIVES // self.settings.batch_size)
+
+    def run(self, first: int, count: int) -> float:
+        """Train for some steps of one epoch; returns their summed BCE."""
+        device = self.interactions.user_index.device
+        backend, _ = choose_backend(self.backend, device)
+        with deterministic_kernels(backend, device) if self.deterministic else nullcontext():
+            bce = run_steps(
+                self.state,
+                self.interactions,
+                self.excluded,
+                self.settings,
+                first_step=first,
+                num_steps=count,
+                backend=self.backend,
+            )
+        return float(bce)  # waits for the device
 
 
-def train(
-    model: TwoTower,
-    interactions: Interactions,
-    known_positives: KnownPositives,
-    config: TrainingConfig,
-    *,
-    l2: float,
-    epochs: int,
-    phase: str = "train",
-    validation: Validation | None = None,
-    observer: Observer = Observer(),  # noqa: B008 - it has no state
-    after_epoch: Callable[[EpochRecord], None] = lambda _: None,
-) -> list[EpochRecord]:
-    """Train a model in place.
+class Trainer:
+    """Trains a plan's models, one per seed.
+
+    Each phase is trained by calls of the step. Between two calls, `progress` and the tables are all that is
+    needed to go on, and the observer may stop the training.
 
     Args:
-        model: on the device where training happens.
-        interactions: the n positives, on the same device.
-        known_positives: of the same part; left out of the negatives if the configuration says so.
-        config: of the loss, the optimiser and the batches.
-        l2: the weight of the L2 term, one of the configuration's.
-        epochs: passes over the interactions.
-        phase: the name that the records carry.
-        validation: what to watch after each epoch.
+        data: on the device where training happens.
+        config: of the model, the loss, the optimiser and the batches.
+        plan: the phases; by default those of the configuration.
+        model: what every phase trains, in place; by default each phase begins with a new one.
         observer: progress and the stop signal.
-        after_epoch: called after each epoch with its record, before the next one changes the model.
 
-    Returns:
-        The record of each epoch that ended.
-
-    Raises:
-        TrainingError: the loss or a parameter is not finite, or beyond all use.
+    Attributes:
+        progress: how far it has come.
+        model: of the current or the last phase; None before the first.
     """
-    num_rows = len(interactions)
-    batch_size = config.resolved(num_rows).batch_size
-    assert batch_size is not None  # it is resolved
-    loss = LossSettings(config.num_negatives, l2, config.loss_scale)
-    settings = StepSettings(
-        loss, config.learning_rate, batch_size, config.seed, config.optimiser, config.table_dtype
-    )
-    excluded = known_positives if config.exclude_known_positives else None
-    state = TrainState.start(model.tables)
-    per_epoch = steps_per_epoch(num_rows, batch_size)
-    device = interactions.user_index.device
-    tick = per_epoch if device.type == "cuda" else max(1, _TICK_POSITIVES // batch_size)
-    backend, _ = choose_backend(config.backend, device)
 
-    records: list[EpochRecord] = []
-    began = time.perf_counter()
-    for epoch in range(epochs):
-        epoch_began = time.perf_counter()
-        bce: float | Tensor = 0.0
-        for batch in range(0, per_epoch, tick):
-            with deterministic_kernels(backend, device) if config.deterministic else nullcontext():
-                bce += run_steps(
-                    state,
-                    interactions,
-                    excluded,
-                    settings,
-                    first_step=epoch * per_epoch + batch,
-                    num_steps=min(tick, per_epoch - batch),
-                    backend=config.backend,
-                )
-            done = epoch * num_rows + min(num_rows, (batch + tick) * batch_size)
-            observer.on_progress(phase, epoch + 1, epochs, done, epochs * num_rows)
-            if observer.should_stop() and batch + tick < per_epoch:
-                return records
-        train_loss = float(bce) / (num_rows * loss.pairs)  # waits for the device
-        epoch_s = time.perf_counter() - epoch_began
+    def __init__(
+        self,
+        data: TrainingData,
+        config: ResolvedTrainingConfig,
+        *,
+        plan: Plan | None = None,
+        model: TwoTower | None = None,
+        observer: Observer = Observer(),  # noqa: B008 - it has no state
+    ) -> None:
+        self.config = config
+        self.plan = plan or Plan.of(config, validated=data.valid is not None)
+        self.observer = observer
+        self.progress = Progress()
+        self.model = model
+        self._given_model = model
+        self._step: _PhaseStep | None = None  # None between phases
+        known = data.known_positives
+        self._parts = {"fit": (data.fit, known)}
+        self._validation: Validation | None = None
+        if self.plan.choose and data.valid is not None:
+            pairs = data.train.user_index, data.train.item_index
+            seen = KnownPositives.from_pairs(*pairs, known.num_users, known.num_items)
+            self._parts["train"] = (data.train, seen)
+            self._validation = Validation.of(data.valid, seen, config.k, filter_seen=config.filter_seen)
+
+    @property
+    def phase(self) -> Phase | None:
+        """The phase to go on with; None when all are done."""
+        return self.plan.next_phase(self.progress.outcomes)
+
+    def train(self) -> TrainedModel:
+        """Train the model of the next seed, to the end of its phases or to the stop signal.
+
+        After a stop signal it is the best epoch's model so far, also when the signal comes in the refit, or
+        the model as it is where no epoch has been scored. Another call goes on from there.
+
+        Raises:
+            TrainingError: the loss or a parameter is not finite, or too large to go on with.
+        """
+        seed, stopped = self.plan.seeds[self.progress.seeds_done], False
+        if len(self.plan.seeds) > 1:
+            self.observer.on_seed(seed)
+        while (phase := self.phase) is not None and phase.seed == seed and not stopped:
+            self.advance()
+            stopped = self.observer.should_stop()
+        trained = self._trained(interrupted=stopped)
+        if phase is None or phase.seed != seed:
+            self.progress = Progress(self.progress.seeds_done + 1, self.progress.outcomes)
+            self.model = None
+        return trained
+
+    def advance(self) -> None:
+        """Train to the next tick: one call of the step, and what is due where an epoch or a phase ends."""
+        phase, progress = self.phase, self.progress
+        assert phase is not None  # else there is nothing left to train
+        step = self._step = self._step or self._begin(phase)
+        began = time.perf_counter()
+        count = min(step.tick, step.per_epoch - progress.step % step.per_epoch)
+        progress.bce += step.run(progress.step, count)
+        progress.step += count
+        epoch, rest = divmod(progress.step, step.per_epoch)
+        num_rows, ended = len(step.interactions), rest == 0
+        done = epoch * num_rows + rest * step.settings.batch_size
+        number = epoch if ended else epoch + 1
+        self.observer.on_progress(phase.name, number, phase.epochs, done, phase.epochs * num_rows)
+        progress.epoch_s += time.perf_counter() - began
+        progress.phase_s += time.perf_counter() - began
+        if ended:
+            self._end_epoch(phase, step, epoch)
+        if ended and epoch == phase.epochs:
+            self._end_phase(phase)
+
+    def _begin(self, phase: Phase) -> _PhaseStep:
+        """The model and the training step of a phase."""
+        config = self.config
+        interactions, known = self._parts[phase.part]
+        self.model = self._given_model or self._new_model(phase.seed)
+        return _PhaseStep(
+            TrainState.start(self.model.tables),
+            interactions,
+            known if config.exclude_known_positives else None,
+            StepSettings(
+                LossSettings(config.num_negatives, phase.l2, config.loss_scale),
+                config.learning_rate,
+                config.batch_size,
+                phase.seed,
+                config.optimiser,
+                config.table_dtype,
+            ),
+            config.backend,
+            config.deterministic,
+        )
+
+    def _new_model(self, seed: int) -> TwoTower:
+        config, (_, known) = self.config, self._parts["fit"]
+        model = TwoTower(known.num_users, known.num_items, config.embedding_dim, item_bias=config.item_bias)
+        return model.initialise(seed, config.init_scale).to(known.items.device)
+
+    def _end_epoch(self, phase: Phase, step: _PhaseStep, epoch: int) -> None:
+        """Check the model, score it where the phase chooses, and record the epoch."""
+        progress, num_rows = self.progress, len(step.interactions)
+        train_loss = progress.bce / (num_rows * step.settings.loss.pairs)
         # The loss was taken before the last updates, which may have been the ones that broke the tables.
-        largest = max(float(table.abs().max()) for table in model.tables)
+        largest = max(float(table.abs().max()) for table in step.state.parameters)
         if not (math.isfinite(train_loss) and largest < _LARGEST_PARAMETER):
             raise TrainingError(
-                f"the training diverged in epoch {epoch + 1} (loss {train_loss:g}, largest parameter "
-                f"{largest:g}); try a --learning-rate below {config.learning_rate:g}."
+                f"the training diverged in epoch {epoch} (loss {train_loss:g}, largest parameter "
+                f"{largest:g}); try a --learning-rate below {self.config.learning_rate:g}."
             )
+        began = time.perf_counter()
+        valid_loss, valid = self._validate(phase, step)
+        progress.phase_s += time.perf_counter() - began
         record = EpochRecord(
-            phase=phase,
-            l2=l2,
-            epoch=epoch + 1,
-            step=(epoch + 1) * per_epoch,
+            phase=phase.name,
+            l2=phase.l2,
+            epoch=epoch,
+            step=progress.step,
             train_loss=train_loss,
-            valid_loss=validation.loss(model, loss, excluded, seed=config.seed, backend=config.backend)
-            if validation
-            else None,
-            valid=validation.metrics(model) if validation else {},
-            epoch_s=epoch_s,
-            positives_per_s=num_rows / epoch_s,
-            elapsed_s=time.perf_counter() - began,
+            valid_loss=valid_loss,
+            valid=valid,
+            epoch_s=progress.epoch_s,
+            positives_per_s=num_rows / progress.epoch_s,
+            elapsed_s=progress.phase_s,
         )
-        records.append(record)
-        after_epoch(record)
-        observer.on_epoch(record)
-        if observer.should_stop():
-            break
-    return records
+        best = progress.best
+        if phase.chooses and (best is None or self._score(record) > self._score(best.record)):
+            progress.best = BestEpoch(record, [table.clone() for table in step.state.parameters])
+        progress.history.append(record)
+        progress.bce = progress.epoch_s = 0.0
+        self.observer.on_epoch(record)
+
+    def _validate(self, phase: Phase, step: _PhaseStep) -> tuple[float | None, dict[str, float]]:
+        """The validation loss and metrics of the model; none where the phase does not choose."""
+        if not phase.chooses:
+            return None, {}
+        assert self._validation is not None
+        assert self.model is not None  # both are there within such a phase
+        loss = self._validation.loss(
+            self.model, step.settings.loss, step.excluded, seed=phase.seed, backend=self.config.backend
+        )
+        return loss, self._validation.metrics(self.model)
+
+    def _score(self, record: EpochRecord) -> float:
+        """What epochs are chosen by."""
+        return record.valid[f"NDCG@{self.config.k}"]
+
+    def _end_phase(self, phase: Phase) -> None:
+        """Record the outcome of a phase; the next step begins the next one."""
+        progress = self.progress
+        if phase.chooses:
+            best = max(progress.history[-phase.epochs :], key=self._score)
+            progress.outcomes.append(Outcome(phase, best.epoch, self._score(best)))
+        else:
+            progress.outcomes.append(Outcome(phase, phase.epochs))
+            progress.best = None  # the model as it is counts
+        progress.step, progress.phase_s, self._step = 0, 0.0, None
+
+    def _trained(self, *, interrupted: bool) -> TrainedModel:
+        """The current seed's model as it stands."""
+        model, phase, best = self.model, self.phase, self.progress.best
+        history = list(self.progress.history)
+        assert model is not None  # a step has been run
+        if best is not None:
+            model = copy.deepcopy(model)
+            for table, values in zip(model.tables, best.tables, strict=True):
+                table.copy_(values)
+        if best is None and not history:
+            assert phase is not None  # it was stopped in its first epoch
+            return TrainedModel(model, history, phase.l2, 0, interrupted)
+        record = history[-1] if best is None else best.record
+        return TrainedModel(model, history, record.l2, record.epoch, interrupted)
+
+    def state(self) -> TrainerState:
+        """A copy of all that is needed to go on."""
+        return TrainerState(self.progress.copy(), [table.clone() for table in self._tables()])
+
+    def load(self, state: TrainerState) -> None:
+        """Go on from the state of a trainer of the same data, configuration and plan."""
+        self.progress = state.progress.copy()
+        phase = self.phase
+        if phase is not None and self.progress.step:
+            self._step = self._begin(phase)
+        elif state.tables:
+            self.model = self._given_model or self._new_model(self.config.seed)
+        for table, values in zip(self._tables(), state.tables, strict=True):
+            table.copy_(values)
+
+    def _tables(self) -> list[Tensor]:
+        """What a `TrainerState` holds, in its order."""
+        if self._step is not None:
+            state = self._step.state
+            return [*state.parameters, *state.moments_1, *state.moments_2]
+        return [] if self.model is None else list(self.model.tables)

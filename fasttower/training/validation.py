@@ -15,16 +15,13 @@ from fasttower_kernels.sampled_bce import LossSettings, bce_sum
 from fasttower_kernels.tables import Interactions
 from fasttower_kernels.topk import top_k
 
-# Positives whose negatives are scored at a time.
-_LOSS_ROWS = 1 << 14
-
 
 @dataclass(frozen=True)
 class Validation:
     """The validation part, ready to be scored.
 
     Attributes:
-        interactions: the validation pairs.
+        interactions: the validation pairs, on the device where the model is.
         users: (R,), int64: the users who have any.
         truth: their items; row r belongs to ``users[r]``.
         seen: the training part's known positives.
@@ -77,22 +74,15 @@ class Validation:
     ) -> float:
         """The mean BCE of the validation pairs, on the scale of the training loss.
 
-        The negatives are the same every epoch, so that the curve moves with the model alone.
+        The negatives are the same every epoch, so that only the model moves the curve.
         """
-        key = derive_key(seed, Purpose.VALIDATION)
-        total = 0.0
-        for begin in range(0, len(self.interactions), _LOSS_ROWS):
-            rows = slice(begin, begin + _LOSS_ROWS)
-            part = Interactions(self.interactions.user_index[rows], self.interactions.item_index[rows])
-            bce = bce_sum(
-                model.tables,
-                part,
-                known_positives,
-                settings,
-                key=key,
-                step=0,
-                first_position=begin,
-                backend=backend,
-            )
-            total += float(bce)
-        return total / (len(self.interactions) * settings.pairs)
+        bce = bce_sum(
+            model.tables,
+            self.interactions,
+            known_positives,
+            settings,
+            key=derive_key(seed, Purpose.VALIDATION),
+            step=0,
+            backend=backend,
+        )
+        return float(bce) / (len(self.interactions) * settings.pairs)  # waits for the device

@@ -81,6 +81,12 @@ class Interactions:
             for index in (self.user_index, self.item_index)
         )
 
+    def parts(self, size: int) -> Iterator[tuple[int, Interactions]]:
+        """At most ``size`` positives at a time, each part after the position of its first."""
+        for first in range(0, len(self), size):
+            rows = slice(first, first + size)
+            yield first, Interactions(self.user_index[rows], self.item_index[rows])
+
     def to(self, device: torch.device | str) -> Interactions:
         """The same positives on another device."""
         return Interactions(self.user_index.to(device), self.item_index.to(device))

@@ -85,27 +85,24 @@ def test_the_bound_holds(scoring, dim, bias):
 def test_recommendations_one_block_ahead_are_those_of_the_cpu(monkeypatch, scoring):
     pl = pytest.importorskip("polars")
     from fasttower.model import TwoTower
-    from fasttower.retrieval import recommend, recommendations
+    from fasttower.retrieval import Retriever, retriever
 
-    monkeypatch.setattr(recommendations, "_BLOCK_SLOTS", 500)
+    monkeypatch.setattr(retriever, "_BLOCK_SLOTS", 500)
     model = TwoTower(1007, 900, 4)
     generator = np.random.default_rng(0)
     with torch.no_grad():
         for table in (model.user_tower.vectors, model.item_tower.vectors, model.item_bias):
             table.copy_(integers(generator, -9, 10, *table.shape))
     seen = random_seen(generator, 1007, 900, 0.05)
-    ids, items = pl.Series("user_id", range(1007)), pl.DataFrame({"item_id": range(900)})
-    items = items.with_columns(item_index=pl.int_range(900, dtype=pl.Int32))
+    users, items = (
+        pl.DataFrame({f"{kind}_id": range(count), f"{kind}_index": range(count)})
+        for kind, count in (("user", 1007), ("item", 900))
+    )
 
     def frame(device):
         model.to(device)
-        rows = torch.arange(1007, device=device)
-        return pl.concat(
-            recommend(
-                model.infer_users(), ids, model, items, k=10, seen=seen.to(device), seen_users=rows,
-                scoring=scoring if device == "cuda" else "float32",
-            )
-        )  # fmt: skip
+        asked = Retriever(model, users, items, seen.to(device))
+        return pl.concat(asked.recommend(k=10, scoring=scoring if device == "cuda" else "float32"))
 
     right = frame("cpu")
     assert frame("cuda").equals(right)

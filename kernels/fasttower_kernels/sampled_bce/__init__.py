@@ -65,7 +65,10 @@ def bce_sum(
     first_position: int = 0,
     backend: Backend = "auto",
 ) -> Tensor:
-    """The sum of the BCE part alone, without gradients: what the validation loss is made of.
+    """The sum of only the BCE part, without gradients: what the validation loss is made of.
+
+    A batch of any size is one call and one check of the indices; what a backend holds of it at a time is the
+    backend's own business: Triton takes it in one launch, the others in parts that bound their memory.
 
     Args:
         parameters: as in `train_step`.
@@ -74,11 +77,11 @@ def bce_sum(
         settings: of the loss.
         key: of the stream of negatives.
         step: t.
-        first_position: the batch position of the first positive, where a batch is handled in parts.
+        first_position: the position in the batch of the first positive, where these are a later part of it.
         backend: the implementation.
 
     Returns:
-        Scalar, float32 or float64.
+        Scalar, float64 (float32 on MPS), on the tables' device; reading it waits for the device.
 
     Raises:
         FastTowerError: as in `train_step`.

@@ -52,6 +52,9 @@ PREFETCHED_WORDS = 256
 
 _ROWS = 1 + CHUNK
 
+# Positives that `bce_sum` copies at a time. Another number may change the last bits of a sum.
+_PART_ROWS = 1 << 14
+
 
 @njit(fastmath={"contract", "nsz"}, **OPTIONS)
 def exp_negative(x: float) -> float:
@@ -430,9 +433,9 @@ def _run(
     step: int,
     first_position: int = 0,
     gathered: bool = False,
-) -> Tensor:
+) -> float:
     run = _compiled(variant_of(parameters, known_positives, settings), gathered)
-    loss = run(
+    loss: float = run(
         flat_arrays(parameters),
         (empty(np.float32),) * 3 if gradients is None else flat_arrays(gradients),
         batch.user_index.numpy(),
@@ -443,7 +446,7 @@ def _run(
         uint32(step),
         (settings.pairs, float(settings.l2)),
     )
-    return torch.tensor(loss, dtype=torch.float64)
+    return loss
 
 
 def train_step(
@@ -462,9 +465,10 @@ def train_step(
     With ``gathered`` the user table has a row for each positive of the batch, (B, P), and the users' indices
     say what negatives leave out, nothing else.
     """
-    return _run(
+    loss = _run(
         parameters, gradients, batch, known_positives, settings, key=key, step=step, gathered=gathered
     )
+    return torch.tensor(loss, dtype=torch.float64)
 
 
 def bce_sum(
@@ -477,14 +481,17 @@ def bce_sum(
     step: int,
     first_position: int = 0,
 ) -> Tensor:
-    """The sum of the BCE part alone, float64, without gradients. See the reference."""
-    return _run(
-        parameters,
-        None,
-        batch,
-        known_positives,
-        settings,
-        key=key,
-        step=step,
-        first_position=first_position,
-    )
+    """The sum of only the BCE part, float64, without gradients. See the reference."""
+    total = 0.0
+    for first, part in batch.parts(_PART_ROWS):
+        total += _run(
+            parameters,
+            None,
+            part,
+            known_positives,
+            settings,
+            key=key,
+            step=step,
+            first_position=first_position + first,
+        )
+    return torch.tensor(total, dtype=torch.float64)

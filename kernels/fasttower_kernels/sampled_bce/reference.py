@@ -21,6 +21,9 @@ from fasttower_kernels.philox import Key
 from fasttower_kernels.sampled_bce.settings import LossSettings
 from fasttower_kernels.tables import Interactions, Tables
 
+# Positives whose vectors, (1 + N, P) each, `bce_sum` gathers at a time.
+_PART_ROWS = 1 << 14
+
 
 def loss_terms(
     user_vectors: Tensor,
@@ -124,20 +127,27 @@ def bce_sum(
     step: int,
     first_position: int = 0,
 ) -> Tensor:
-    """The sum of the BCE part alone, without gradients: what the validation loss is made of."""
-    items, weight = draw_items(
-        batch,
-        parameters.items.shape[0],
-        known_positives,
-        settings,
-        key=key,
-        step=step,
-        first_position=first_position,
-    )
-    item_bias = None if parameters.item_bias is None else parameters.item_bias[items]
-    return loss_terms(
-        parameters.users[batch.user_index.long()], parameters.items[items], item_bias, weight, settings
-    )[1]
+    """The sum of only the BCE part, without gradients; see `fasttower_kernels.sampled_bce.bce_sum`.
+
+    Memory does not grow with B: the vectors of some positives are gathered at a time.
+    """
+    device = parameters.users.device
+    # float64 wherever the device has it: a long sum in float32 loses the digits that epochs differ in.
+    total = torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+    for first, part in batch.parts(_PART_ROWS):
+        items, weight = draw_items(
+            part,
+            parameters.items.shape[0],
+            known_positives,
+            settings,
+            key=key,
+            step=step,
+            first_position=first_position + first,
+        )
+        item_bias = None if parameters.item_bias is None else parameters.item_bias[items]
+        user_vectors = parameters.users[part.user_index.long()]
+        total += loss_terms(user_vectors, parameters.items[items], item_bias, weight, settings)[1]
+    return total
 
 
 def draw_items(

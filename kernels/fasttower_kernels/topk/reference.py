@@ -21,6 +21,8 @@ BYTES_PER_BEST = 64
 # Leaving out one seen item takes its number, its row, its column, and which of those are in the tile.
 _BYTES_PER_SEEN = 48
 _MOST_COLUMNS = 1 << 16
+# Torch's CUDA kernels index in 32 bits up to here; beyond, ``topk`` has overflowed (pytorch/pytorch#176095).
+_MOST_SCORES = (1 << 31) - 1
 # However small the budget is: below, calls would be all that time goes to.
 _FEWEST_COLUMNS = 256
 _FEWEST_SEEN = 1024
@@ -80,20 +82,22 @@ def top_k_torch(
 def tile_shape(
     catalogue: Catalogue, budget_bytes: int, *, per_row: int, per_column: int = 0
 ) -> tuple[int, int]:
-    """Users and items of a tile; what one user and the items alone take is half the budget at most.
+    """Users and items of a tile: what a single user and the items take is at most half the budget.
+
+    A tile has fewer than 2**31 scores, also where the budget, a part of a large GPU's memory, allows more.
 
     Args:
         catalogue: the items.
         budget_bytes: for the tile and what goes with it.
-        per_row: bytes that a user takes beside the scores.
-        per_column: bytes that an item takes beside the scores, its bias and, where gathered, its vector.
+        per_row: bytes per user beside the scores.
+        per_column: bytes per item beside the scores, its bias and, where gathered, its vector.
     """
     gathered = 0 if catalogue.index is None else 4 * catalogue.vectors.shape[1]
     per_column += _BYTES_PER_COLUMN + gathered
     fitting = budget_bytes // (2 * (_BYTES_PER_SCORE + per_column))
     columns = max(1, min(len(catalogue), _MOST_COLUMNS, max(_FEWEST_COLUMNS, fitting)))
     rows = (budget_bytes - per_column * columns) // (_BYTES_PER_SCORE * columns + per_row)
-    return max(1, rows), columns
+    return max(1, min(rows, _MOST_SCORES // columns)), columns
 
 
 class SeenEntries(NamedTuple):

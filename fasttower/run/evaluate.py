@@ -1,21 +1,20 @@
-"""A finished run against interactions that came later."""
+"""A run against interactions that came later."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
+import polars as pl
 
 from fasttower.data.later_rows import positives, read_later_rows
 from fasttower.errors import FastTowerError, whole_number
 from fasttower.evaluation.popularity import most_popular
 from fasttower.evaluation.replay_report import replay_metrics
-from fasttower.retrieval import recommendation_frame, with_index
-
-if TYPE_CHECKING:
-    from fasttower.run import Run
+from fasttower.retrieval import recommendation_frame
+from fasttower.run.recommend import enough_memory
+from fasttower.run.record import Record
 
 METRICS = ("NDCG", "HitRate", "Recall", "MAP", "MRR", "Coverage")
 
@@ -44,8 +43,8 @@ class Evaluation:
     low_rated_rows: int
 
 
-def evaluate_run(
-    run: Run,
+def evaluate(
+    record: Record,
     test: Any,  # noqa: ANN401 - frames of libraries that may not be there
     metrics: Sequence[str] | None,
     k: int,
@@ -57,10 +56,11 @@ def evaluate_run(
     if not isinstance(chosen, Sequence) or not chosen or not all(name in METRICS for name in chosen):
         raise FastTowerError(f"metrics are {metrics!r}; expected some of {', '.join(METRICS)}.")
     k = whole_number("k", k)
-    least = [value for value in (run.config.min_rating, run.config.test_min_rating) if value is not None]
-    everything = read_later_rows(test, run.config, rated=bool(least))
+    config, retriever = record.config, record.retriever
+    least = [value for value in (config.min_rating, config.test_min_rating) if value is not None]
+    everything = read_later_rows(test, config, rated=bool(least))
     rows = positives(everything, max(least, default=None))
-    known = with_index(with_index(rows, run.users), run.items).drop_nulls()
+    known = retriever.items.with_index(retriever.users.with_index(rows)).drop_nulls()
     if known.is_empty():
         raise FastTowerError(
             f"of the {len(everything):,} test rows {len(rows):,} are rated high enough, none of these is"
@@ -68,32 +68,26 @@ def evaluate_run(
         )
     pairs = known.unique(["user_index", "item_index"], maintain_order=True)
     users = pairs.select("user_id", "user_index").unique(maintain_order=True)
-    device = run.known_positives.items.device
-    cutoff = min(k, len(run.items))  # beyond the catalogue there is nothing to be found
-    recommended = run.recommend(users["user_id"], cutoff, filter_seen=filter_seen)
-    popular = recommendation_frame(
-        users["user_id"],
-        most_popular(
-            run.known_positives,
-            torch.tensor(users["user_index"].to_numpy(), device=device),
-            k=cutoff,
-            filter_seen=filter_seen,
-        ),
-        run.items,
-    )
+    cutoff = min(k, len(record.items))  # beyond the catalogue there is nothing to be found
+    with enough_memory(record):
+        index = users["user_index"].to_numpy()
+        recommended = pl.concat(retriever.recommend(index, k=cutoff, filter_seen=filter_seen))
+        topk = most_popular(
+            record.known_positives, retriever.on_device(index), k=cutoff, filter_seen=filter_seen
+        )
+        popular = recommendation_frame(users["user_id"], topk, retriever.items)
+        seen = record.known_positives.contains(
+            *(retriever.on_device(pairs[name].to_numpy()) for name in ("user_index", "item_index"))
+        )
     truth = pairs.select("user_id", "item_id")
-    of_model = replay_metrics(recommended, truth, run.items, cutoff)
-    of_popularity = replay_metrics(popular, truth, run.items, cutoff, by="rating")
-    user_index, item_index = (
-        torch.tensor(pairs[name].to_numpy(), dtype=torch.int64, device=device)
-        for name in ("user_index", "item_index")
-    )
+    of_model = replay_metrics(recommended, truth, record.items, cutoff)
+    of_popularity = replay_metrics(popular, truth, record.items, cutoff, by="score")
     return Evaluation(
         metrics={f"{name}@{k}": of_model[f"{name}@{cutoff}"] for name in chosen},
         popularity={f"{name}@{k}": of_popularity[f"{name}@{cutoff}"] for name in chosen},
         users=len(users),
         pairs=len(pairs),
-        pairs_in_fit=int(run.known_positives.contains(user_index, item_index).sum()),
+        pairs_in_fit=int(seen.sum()),
         cold_rows=len(rows) - len(known),
         low_rated_rows=len(everything) - len(rows),
     )

@@ -6,8 +6,9 @@ import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -19,12 +20,13 @@ from torch import Tensor
 from fasttower.config import Config
 from fasttower.errors import FastTowerError
 from fasttower.model import TwoTower
-from fasttower.new_directory import all_or_nothing
-from fasttower.training.trainer import EpochRecord
+from fasttower.run.new_directory import all_or_nothing
+from fasttower.run.record import Record
+from fasttower.training.observer import EpochRecord
 from fasttower_kernels.known_positives import KnownPositives
 
-if TYPE_CHECKING:
-    from fasttower.run import Run
+FORMAT = 2
+"""The format that runs are written in. Format 1, which has no number, calls the score a rating."""
 
 
 def run_path(path: Any) -> Path:  # noqa: ANN401 - what it is, is looked at here
@@ -41,34 +43,38 @@ def run_path(path: Any) -> Path:  # noqa: ANN401 - what it is, is looked at here
         raise FastTowerError(f"{path} is no path that can be read: {error}.") from error
 
 
-def write_run(run: Run, run_dir: Path) -> None:
-    """Write a run's files into its directory, which is there and empty.
+def write_run(record: Record, run_dir: Path) -> None:
+    """Write a run's files into its directory, which exists and is empty.
 
     Raises:
         FastTowerError: a file cannot be written.
     """
     with all_or_nothing(run_dir) as path:
-        write_json(path / "config.json", run.config.to_json(device=run.device, backend=run.backend))
-        _write_tensors(path / "model.safetensors", run.model.saved_tensors())
-        run.users.write_parquet(path / "users.parquet")
-        run.items.write_parquet(path / "items.parquet")
-        lines = (json.dumps(dataclasses.asdict(record)) + "\n" for record in run.history)
+        config = record.config.to_json(device=record.device, backend=record.backend)
+        write_json(path / "config.json", {"format": FORMAT, **config})
+        _write_tensors(path / "model.safetensors", record.model.saved_tensors())
+        record.users.write_parquet(path / "users.parquet")
+        record.items.write_parquet(path / "items.parquet")
+        lines = (json.dumps(dataclasses.asdict(epoch)) + "\n" for epoch in record.history)
         (path / "history.jsonl").write_text("".join(lines))
-        run.recommendations.write_parquet(path / "recommendations.parquet")
-        known = run.known_positives.to("cpu")
+        record.recommendations.write_parquet(path / "recommendations.parquet")
+        known = record.known_positives.to("cpu")
         tensors = {"indptr": known.indptr, "items": known.items}
         _write_tensors(path / "known_positives.safetensors", tensors)
-        write_json(path / "metrics.json", run.metrics)
+        write_json(path / "metrics.json", record.metrics)
 
 
 def read_run(path: Path) -> dict[str, Any]:
-    """The fields of a `Run`, on the CPU, from its directory.
+    """The fields of a `Record`, on the CPU, from its directory.
 
     Raises:
-        FastTowerError: a file is missing, is not what it should be, or is another run's.
+        FastTowerError: a file is missing, is not what it should be, or is another run's; or a newer version
+            wrote the run.
     """
     try:
-        config, metrics = _read_object(path / "config.json"), _read_object(path / "metrics.json")
+        config = _read_object(path / "config.json")
+        written = _checked_format(path, config.pop("format", 1))
+        metrics = _read_object(path / "metrics.json")
         lines = (path / "history.jsonl").read_text().splitlines()
         users, items = (pl.read_parquet(path / f"{name}.parquet") for name in ("users", "items"))
         fields = {
@@ -79,11 +85,12 @@ def read_run(path: Path) -> dict[str, Any]:
             "device": config["device"],
             "backend": config["backend"],
             "history": [EpochRecord(**json.loads(line)) for line in lines],
-            "recommendations": pl.read_parquet(path / "recommendations.parquet"),
+            "recommendations": _read_recommendations(path / "recommendations.parquet", written),
             "metrics": metrics,
             "known_positives": _read_known_positives(path / "known_positives.safetensors", items.height),
         }
         _check(**fields)
+        fields["config"] = fields["config"].resolved(0)  # the check saw that nothing is open
     except (FileNotFoundError, NotADirectoryError) as error:
         if not path.is_dir():
             found = "it is a file" if path.exists() else "there is nothing of that name"
@@ -158,6 +165,22 @@ def _is_rows(indptr: Tensor, items: Tensor, num_users: int, num_items: int) -> b
     return bool((keys[1:] > keys[:-1]).all())
 
 
+def _checked_format(path: Path, number: Any) -> int:  # noqa: ANN401 - what it is, is looked at here
+    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+        raise ValueError(f"config.json says that its format is {number!r}, not a number from 1 on")
+    if number > FORMAT:
+        raise FastTowerError(
+            f"{path} was written in format {number} by a newer fasttower; this one reads up to {FORMAT};"
+            " update fasttower."
+        )
+    return number
+
+
+def _read_recommendations(path: Path, written: int) -> pl.DataFrame:
+    frame = pl.read_parquet(path)
+    return frame.rename({"rating": "score"}) if written == 1 else frame
+
+
 def _read_known_positives(path: Path, num_items: int) -> KnownPositives:
     tensors = load_file(path)
     try:
@@ -173,7 +196,7 @@ def _read_object(path: Path) -> dict[str, Any]:
     return values
 
 
-def write_json(path: Path, values: dict[str, Any]) -> None:
+def write_json(path: Path, values: Mapping[str, object]) -> None:
     """Write an object as people read it."""
     path.write_text(json.dumps(values, indent=2) + "\n")
 

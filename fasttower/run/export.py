@@ -9,19 +9,17 @@ from __future__ import annotations
 import importlib
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import polars as pl
 import torch
 
 from fasttower.errors import FastTowerError
-from fasttower.new_directory import all_or_nothing, reserved
-from fasttower.run_directory import run_path, write_json
+from fasttower.run.directory import run_path, write_json
+from fasttower.run.new_directory import all_or_nothing, reserved
+from fasttower.run.record import Record
 from fasttower_kernels.topk import top_k
-
-if TYPE_CHECKING:
-    from fasttower.run import Run
 
 Format = Literal["faiss", "hnswlib", "numpy", "parquet"]
 
@@ -32,14 +30,14 @@ _HNSW_LINKS, _HNSW_CANDIDATES = 48, 400
 _HNSW_EF, _HNSW_JUDGES = 100, 1000
 
 
-def export_run(run: Run, to: str | Path, kind: Format) -> list[Path]:
+def export(record: Record, to: str | Path, kind: Format) -> list[Path]:
     """See `Run.export`."""
     if kind not in get_args(Format):
         raise FastTowerError(f"the format is {kind!r}; expected one of {', '.join(get_args(Format))}.")
     library = _library(kind)
     to = run_path(to)
     with reserved(to), all_or_nothing(to) as folder:
-        users, items = _vectors_with_bias(run)
+        users, items = _vectors_with_bias(record)
         about = {
             "format": kind,
             "space": "inner product",
@@ -48,10 +46,10 @@ def export_run(run: Run, to: str | Path, kind: Format) -> list[Path]:
             "items": len(items),
         }
         if kind == "parquet":
-            _write_parquet(run, folder, users, items)
+            _write_parquet(record, folder, users, items)
         else:
-            run.users.write_parquet(folder / "users.parquet")
-            run.items.write_parquet(folder / "items.parquet")
+            record.users.write_parquet(folder / "users.parquet")
+            record.items.write_parquet(folder / "items.parquet")
             np.save(folder / "user_vectors.npy", users, allow_pickle=False)
         if kind == "numpy":
             np.save(folder / "item_vectors.npy", items, allow_pickle=False)
@@ -76,20 +74,20 @@ def _library(kind: Format) -> ModuleType | None:
         ) from None
 
 
-def _vectors_with_bias(run: Run) -> tuple[np.ndarray, np.ndarray]:
+def _vectors_with_bias(record: Record) -> tuple[np.ndarray, np.ndarray]:
     """(U, D + 1) and (I, D + 1), float32; (U, D) and (I, D) of a model without a bias."""
     users, items = (
-        vectors.detach().cpu().numpy() for vectors in (run.model.infer_users(), run.model.infer_items())
+        vectors.detach().cpu().numpy() for vectors in (record.model.infer_users(), record.model.infer_items())
     )
-    if run.model.item_bias is None:
+    if record.model.item_bias is None:
         return users, items
-    bias = run.model.item_bias.detach().cpu().numpy()
+    bias = record.model.item_bias.detach().cpu().numpy()
     ones = np.ones((len(users), 1), dtype=np.float32)
     return np.concatenate([users, ones], axis=1), np.concatenate([items, bias[:, None]], axis=1)
 
 
-def _write_parquet(run: Run, folder: Path, users: np.ndarray, items: np.ndarray) -> None:
-    for name, id_map, vectors in (("users", run.users, users), ("items", run.items, items)):
+def _write_parquet(record: Record, folder: Path, users: np.ndarray, items: np.ndarray) -> None:
+    for name, id_map, vectors in (("users", record.users, users), ("items", record.items, items)):
         column = pl.Series("vector", vectors, dtype=pl.Array(pl.Float32, vectors.shape[1]))
         rows = id_map.drop(id_map.columns[1]).with_columns(column)
         rows.write_parquet(folder / f"{name}.parquet")

@@ -1,4 +1,4 @@
-"""A directory that comes about: kept for one writer, and filled when all that belongs into it is there."""
+"""A directory being created: reserved for one writer, and filled once all of its files are complete."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from safetensors import SafetensorError
 
 from fasttower.errors import FastTowerError
 
-# What is in a directory beside its files while they come about.
+# What is in a directory beside its files while they are being written.
 _LOCK, _UNFINISHED = ".lock", ".unfinished-"
 
 
 @contextlib.contextmanager
 def reserved(path: Path, *, numbered: bool = False) -> Iterator[Path]:
-    """Make a run's directory before there is a run, for this block alone; take it away again if that fails.
+    """Make a run's directory before there is a run, for this block; remove it again if that fails.
 
     Args:
         path: a directory that is not there, or empty but for what a killed process left.
@@ -105,14 +105,14 @@ def _locked(path: Path) -> Iterator[None]:
 def _lock(file: BinaryIO) -> None:
     """Lock a file, or raise BlockingIOError where another process has."""
     if sys.platform == "win32":
-        import msvcrt  # noqa: PLC0415 - on Windows alone
+        import msvcrt  # noqa: PLC0415 - only on Windows
 
         try:
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         except PermissionError as error:
             raise BlockingIOError from error
     else:
-        import fcntl  # noqa: PLC0415 - on other systems alone
+        import fcntl  # noqa: PLC0415 - only elsewhere
 
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

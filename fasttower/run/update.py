@@ -5,33 +5,42 @@ from __future__ import annotations
 import dataclasses
 import time
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import numpy as np
 import polars as pl
 import torch
 from torch import Tensor
 
-from fasttower.config import Config
+from fasttower.config import ResolvedConfig
 from fasttower.data.later_rows import positives, read_later_rows
 from fasttower.device import cpu_cores, cpu_threads, fallback_note, memory_of
 from fasttower.errors import FastTowerError, whole_number
-from fasttower.retrieval import recommend_to_all, with_index
+from fasttower.retrieval import IdMap, recommend_to_all
+from fasttower.run.record import Outcome, Record
+from fasttower.training.data import TrainingData
 from fasttower.training.extension import extended_model
-from fasttower.training.trainer import Observer, train
+from fasttower.training.observer import Observer
+from fasttower.training.plan import Plan
+from fasttower.training.trainer import Trainer
 from fasttower_kernels.backends import choose_backend
 from fasttower_kernels.known_positives import KnownPositives
 from fasttower_kernels.tables import Interactions
 
-if TYPE_CHECKING:
-    from fasttower.run import Run
+AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 
-def update_run(run: Run, interactions: Any, *, epochs: int, observer: Observer) -> Run:  # noqa: ANN401
+def update(
+    record: AnyRecord,
+    interactions: Any,  # noqa: ANN401 - frames of libraries that may not be there
+    *,
+    epochs: int,
+    observer: Observer,
+) -> AnyRecord:
     """See `Run.update`."""
     epochs = whole_number("epochs", epochs)
     began = time.perf_counter()
-    config, l2 = run.config, run.metrics["l2"]
+    config, l2 = record.config, record.metrics["l2"]
     rows = positives(
         read_later_rows(interactions, config, rated=config.min_rating is not None), config.min_rating
     )
@@ -39,10 +48,10 @@ def update_run(run: Run, interactions: Any, *, epochs: int, observer: Observer) 
         raise FastTowerError(
             f"no row is rated at least {config.min_rating:g}, the run's min_rating: nothing to learn from."
         )
-    users, rows, old_users = _extended(run.users, rows)
-    items, rows, old_items = _extended(run.items, rows)
+    users, rows, old_users = _extended(record.retriever.users, rows)
+    items, rows, old_items = _extended(record.retriever.items, rows)
 
-    known = run.known_positives
+    known = record.known_positives
     device = known.items.device
     config, backend = _with_backend(config, device)
     old_users, old_items = old_users.to(device), old_items.to(device)
@@ -54,43 +63,47 @@ def update_run(run: Run, interactions: Any, *, epochs: int, observer: Observer) 
         )
     )
     known = KnownPositives.from_pairs(pairs.user_index, pairs.item_index, users.height, items.height)
-    model = extended_model(run.model, old_users, old_items, pairs, users.height, items.height, config, l2)
+    model = extended_model(record.model, old_users, old_items, pairs, users.height, items.height, config, l2)
     # The run may have been trained on a machine with more cores.
     with memory_of(device, "fewer rows"), cpu_threads(config.threads and min(config.threads, cpu_cores())):
-        history = train(model, pairs, known, config, l2=l2, epochs=epochs, phase="update", observer=observer)
+        data, plan = (
+            TrainingData(pairs, pairs, None, known),
+            Plan((config.seed,), (l2,), epochs, name="update"),
+        )
+        history = Trainer(data, config, plan=plan, model=model, observer=observer).train().history
         recommendations = recommend_to_all(model, known, users, items, config)
-    metrics = {
+    metrics: Outcome = {
         "test": {},
         "popularity": {},
         "test_users": 0,
         "l2": l2,
-        "best_epoch": run.metrics["best_epoch"],
+        "best_epoch": record.metrics["best_epoch"],
         "interrupted": observer.should_stop(),
         "updates": [
-            *run.metrics.get("updates", ()),
-            {"rows": len(rows), "new_users": users.height - run.users.height,
-             "new_items": items.height - run.items.height, "epochs": len(history)},
+            *record.metrics.get("updates", []),
+            {"rows": len(rows), "new_users": users.height - record.users.height,
+             "new_items": items.height - record.items.height, "epochs": len(history)},
         ],
         "timing_s": {"total": time.perf_counter() - began},
         "device": str(device),
         "backend": backend,
     }  # fmt: skip
     return dataclasses.replace(
-        run,
+        record,
         model=model,
         users=users,
         items=items,
         config=config,
         device=str(device),
         backend=backend,
-        history=[*run.history, *history],
+        history=[*record.history, *history],
         recommendations=recommendations,
         metrics=metrics,
         known_positives=known,
     )
 
 
-def _with_backend(config: Config, device: torch.device) -> tuple[Config, str]:
+def _with_backend(config: ResolvedConfig, device: torch.device) -> tuple[ResolvedConfig, str]:
     """The configuration and the backend of an update, which may be on another device than the run was.
 
     Warns where the backend that the run asked for cannot run there, and auto takes its place.
@@ -109,17 +122,18 @@ def _with_backend(config: Config, device: torch.device) -> tuple[Config, str]:
     return config, backend
 
 
-def _extended(id_map: pl.DataFrame, rows: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame, Tensor]:
+def _extended(id_map: IdMap, rows: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame, Tensor]:
     """The map with the ids of the rows in it, the rows with its indices, and where its old rows went."""
-    column, index = id_map.columns[:2]
-    unknown = with_index(rows, id_map).filter(pl.col(index).is_null())[column].unique()
-    ids = pl.concat(_of_one_type(id_map[column], unknown)).sort()
-    joined = pl.DataFrame({column: ids, index: np.arange(len(ids), dtype=np.int32)})
-    places = with_index(id_map.select(column), joined)[index]
-    if "title" in id_map.columns:
-        titles = pl.DataFrame({index: places, "title": id_map["title"]})
-        joined = joined.join(titles, on=index, how="left", maintain_order="left")
-    return joined, with_index(rows, joined), torch.from_numpy(places.to_numpy().astype(np.int64))
+    column, index = id_map.id_name, id_map.index_name
+    unknown = id_map.with_index(rows).filter(pl.col(index).is_null())[column].unique()
+    ids = pl.concat(_of_one_type(id_map.ids, unknown)).sort()
+    extended = pl.DataFrame({column: ids, index: np.arange(len(ids), dtype=np.int32)})
+    lookup = IdMap(extended)
+    places = lookup.with_index(id_map.ids.to_frame())[index]
+    if "title" in id_map.frame.columns:
+        titles = pl.DataFrame({index: places, "title": id_map.frame["title"]})
+        extended = extended.join(titles, on=index, how="left", maintain_order="left")
+    return extended, lookup.with_index(rows), torch.from_numpy(places.to_numpy().astype(np.int64))
 
 
 def _of_one_type(old: pl.Series, new: pl.Series) -> tuple[pl.Series, pl.Series]:

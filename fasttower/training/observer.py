@@ -1,0 +1,51 @@
+"""What a trainer tells while it runs, and the stop signal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class EpochRecord:
+    """One line of a run's history.
+
+    Attributes:
+        phase: "choose", "refit", "train" or "update".
+        l2: the weight of the L2 term.
+        epoch: from 1.
+        step: training steps done so far.
+        train_loss: mean BCE of the epoch.
+        valid_loss: mean BCE of the validation part after the epoch; None without one.
+        valid: ranking metrics of the validation part after the epoch.
+        epoch_s: seconds of training, without validation.
+        positives_per_s: of training, without validation.
+        elapsed_s: seconds since the phase began, validation included.
+    """
+
+    phase: str
+    l2: float
+    epoch: int
+    step: int
+    train_loss: float
+    valid_loss: float | None
+    valid: dict[str, float]
+    epoch_s: float
+    positives_per_s: float
+    elapsed_s: float
+
+
+class Observer:
+    """What the trainer tells and asks while it runs; silent as it is, every method may be overridden."""
+
+    def on_seed(self, seed: int) -> None:
+        """Called before each seed's training where there are several."""
+
+    def on_progress(self, phase: str, epoch: int, epochs: int, done: int, total: int) -> None:
+        """Called every so often with the epoch from 1 and the positives done, and to do, in the phase."""
+
+    def on_epoch(self, record: EpochRecord) -> None:
+        """Called after each epoch."""
+
+    def should_stop(self) -> bool:
+        """Asked every so often; True ends the training there."""
+        return False
