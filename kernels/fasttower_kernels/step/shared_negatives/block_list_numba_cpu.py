@@ -20,8 +20,6 @@ from fasttower_kernels.vector_rows import add_scaled, filled, load_row, prefetch
 _AHEAD = 8
 """Rows that are fetched before they are read."""
 
-_END = uint32(0xFFFFFFFF)
-
 
 class ListSampling(NamedTuple):
     """Where lists come from.
@@ -58,7 +56,9 @@ class BlockList(NamedTuple):
         gradients: (R * P,), float32, of ``vectors``.
         bias_gradients: (R,), float32.
         counts: (R,), uint32: terms that the item has in the L2 term.
-        following: (R,), uint32: the row of the list where the same item stands again.
+        first_row: (R,), uint32: of the rows with the same item, the first one.
+        masked: (R,), uint64: bit w of a first row is on where positive w of a tile must not have the item as a
+            negative.
         hits: (R,), uint32, scratch.
     """
 
@@ -69,7 +69,8 @@ class BlockList(NamedTuple):
     gradients: Array
     bias_gradients: Array
     counts: Array
-    following: Array
+    first_row: Array
+    masked: Array
     hits: Array
 
 
@@ -92,6 +93,7 @@ def new_list(sampling: Any, width: int) -> Any:
         np.empty(rows, dtype=np.float32),
         np.empty(rows, dtype=np.uint32),
         np.empty(rows, dtype=np.uint32),
+        np.empty(rows, dtype=np.uint64),
         np.empty(rows, dtype=np.uint32),
     )
 
@@ -170,19 +172,20 @@ def set_offsets(
 
 @njit(**OPTIONS)
 def look_up(block_list: Any, count: int, flags: Array, heads: Array) -> None:
-    """Flag the items of the list, and chain the rows of each.
+    """Flag the items of the list, and find the first row of each.
 
     Args:
         block_list: with its items.
         count: uint64: M.
         flags: (I,), uint8, zero: gets 1 for items of the list.
-        heads: (I,), uint32: gets a row of each item of the list.
+        heads: (I,), uint32: gets the first row of each item of the list.
     """
     for row in range(count):
         item = uint64(block_list.items[row])
-        block_list.following[row] = heads[item] if flags[item] else _END
-        heads[item] = row
-        flags[item] = 1
+        if not flags[item]:
+            heads[item] = row
+            flags[item] = 1
+        block_list.first_row[row] = heads[item]
 
 
 @njit(**OPTIONS)
@@ -194,56 +197,48 @@ def forget(block_list: Any, count: int, flags: Array) -> None:
 
 @njit(**OPTIONS)
 def mask_tile(
-    masked: Array,
     block_list: Any,
+    count: int,
     users: Array,
     positives: Array,
     start: int,
     here: int,
-    first: int,
-    count: int,
     known: Any,
     flags: Array,
     heads: Array,
     exclude: bool,
 ) -> None:
-    """Set bit w of row m where the positive w of a tile must not have item m of a chunk as a negative.
+    """Write which items of the list each positive of a tile must not have as a negative.
 
     Args:
-        masked: (count,), uint64, out.
-        block_list: after `look_up`.
+        block_list: after `look_up`; its ``masked`` is written.
+        count: uint64: M.
         users: (B,), uint32.
         positives: (B,), uint32.
         start: uint64: where the tile begins in both.
         here: uint64: positives in the tile.
-        first: uint64: where the chunk begins in the list.
-        count: uint64: rows in the chunk.
         known: indptr (U + 1,) and items (nnz,) of the known positives, or empty.
         flags: of `look_up`.
         heads: of `look_up`.
         exclude: whether there are known positives.
     """
     indptr, rows = known
-    hits = block_list.hits
+    masked, hits = block_list.masked, block_list.hits
     for m in range(count):
         masked[m] = uint64(0)
     for w in range(here):
         own = positives[start + w]
         hits[0] = own
-        waiting = uint64(flags[own])
+        found = uint64(flags[own])
         if exclude:
             user = uint64(users[start + w])
             for p in range(uint64(indptr[user]), uint64(indptr[user + uint64(1)])):
                 item = uint32(rows[p])
-                hits[waiting] = item
-                waiting += uint64(flags[item])
+                hits[found] = item
+                found += uint64(flags[item])
         bit = uint64(1) << w
-        for i in range(waiting):
-            row = heads[hits[i]]
-            while row != _END:
-                if uint64(row) - first < count:  # also not below: that would wrap around
-                    masked[uint64(row) - first] |= bit
-                row = block_list.following[row]
+        for i in range(found):
+            masked[uint64(heads[uint64(hits[i])])] |= bit
 
 
 @njit(fastmath=FAST, **OPTIONS)

@@ -131,13 +131,13 @@ def _read_users(
 
 @njit(fastmath=FAST, **OPTIONS)
 def _score_chunk(
-    x: Array, columns: Array, masked: Array, block_list: Any, first: int, count: int, width: int
+    x: Array, columns: Array, block_list: Any, first: int, count: int, width: int
 ) -> None:
     """Logits of rows first .. first + count - 1 of the list, with their offsets; -inf where masked."""
     for m in range(group_up(count)):
         row = filled(block_list.offset[first + m], TILE)
         if m < count:
-            row = replaced(row, masked[m], float32(-np.inf))
+            row = replaced(row, block_list.masked[uint64(block_list.first_row[first + m])], float32(-np.inf))
         store_row(x, uint64(1) + m, row)
     a = first * uint64(width)
     add_product(
@@ -160,7 +160,6 @@ def _chunk_gradients(
     x: Array,
     vectors: Array,
     user_gradients: Array,
-    masked: Array,
     active: int,
     block_list: Any,
     first: int,
@@ -193,7 +192,8 @@ def _chunk_gradients(
         if has_bias:
             block_list.bias_gradients[first + m] += dot(load_row(x, uint64(1) + m, TILE), ones)
         if has_l2:
-            block_list.counts[first + m] += uint32(count_bits(active & ~masked[m]))
+            masked = block_list.masked[uint64(block_list.first_row[first + m])]
+            block_list.counts[first + m] += uint32(count_bits(active & ~masked))
 
 
 @njit(fastmath=FAST, **OPTIONS)
@@ -299,7 +299,6 @@ def add_shared_batch(
     state = new_tile()
     state.beta[:] = similarity.beta
     x = np.empty((uint64(1) + room) * tile, dtype=np.float32)
-    masked = np.empty(room, dtype=np.uint64)
     vectors = np.empty(tile * uint64(width), dtype=np.float32)
     columns = np.empty(tile * uint64(width), dtype=np.float32)
     user_gradients = np.empty(tile * uint64(width), dtype=np.float32)
@@ -361,6 +360,18 @@ def add_shared_batch(
             for i in range(len(user_gradients)):
                 user_gradients[i] = float32(0)
             begin_tile(x, state)
+            mask_tile(
+                block_list,
+                count,
+                users,
+                own_positives,
+                first_positive,
+                here,
+                known,
+                flags,
+                heads,
+                exclude,
+            )
 
             sweeps = uint64(2) if normalised and count > uint64(CHUNK) else uint64(1)
             for sweep in range(sweeps):
@@ -368,21 +379,7 @@ def add_shared_batch(
                 while True:
                     chunk = min(uint64(CHUNK), count - first)
                     last = first + chunk == count
-                    mask_tile(
-                        masked,
-                        block_list,
-                        users,
-                        own_positives,
-                        first_positive,
-                        here,
-                        first,
-                        chunk,
-                        known,
-                        flags,
-                        heads,
-                        exclude,
-                    )
-                    _score_chunk(x, columns, masked, block_list, first, chunk, width)
+                    _score_chunk(x, columns, block_list, first, chunk, width)
                     if sweep == uint64(0):
                         accumulate(loss, x, uint64(1) + chunk, state)
                     if sweep == sweeps - uint64(1):
@@ -395,7 +392,6 @@ def add_shared_batch(
                                 x,
                                 vectors,
                                 user_gradients,
-                                masked,
                                 active,
                                 block_list,
                                 first,
