@@ -12,9 +12,8 @@ import fasttower.training.fold_in.items as items_module
 from fasttower.errors import FastTowerError
 from fasttower.training.fold_in import fold_in
 from fasttower_kernels.known_positives import KnownPositives
-from fasttower_kernels.settings import LossSettings
 from fasttower_kernels.negatives import Negatives
-from fasttower_kernels.settings import NegativeSettings
+from fasttower_kernels.settings import LossSettings, NegativeSettings
 
 NUM_USERS, NUM_ITEMS, DIM = 13, 37, 5
 

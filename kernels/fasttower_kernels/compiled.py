@@ -22,6 +22,7 @@ from fasttower_kernels.tables import Tables
 # numba's own annotations are about calls from Python; for code that it compiles they do not fit.
 njit: Any = numba.njit
 intrinsic: Any = extending.intrinsic
+overload: Any = extending.overload
 uint32: Any = numba.uint32
 uint64: Any = numba.uint64
 int32: Any = numba.int32
@@ -50,10 +51,8 @@ FAST = {"contract", "nsz", "arcp"}
 def _fingerprint() -> int:
     folder = Path(__file__).parent
     digest = hashlib.blake2b(digest_size=7)
-    own = ("compiled.py", "membership.py", "threads.py", "vector_rows.py")
-    for name in (*own, "*/*numba_cpu.py", "*/*reference.py"):
-        for path in sorted(folder.glob(name)):
-            digest.update(path.read_bytes())
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(path.read_bytes())
     return int.from_bytes(digest.digest(), "little")
 
 

@@ -47,7 +47,8 @@ def _pointer(context: Any, builder: Any, array_type: Any, array: Any, row: Any, 
     return builder.bitcast(builder.gep(data, [offset]), ir.VectorType(_FLOAT, width).as_pointer())
 
 
-def _splat(builder: Any, scalar: Any, width: int) -> Any:
+def splat(builder: Any, scalar: Any, width: int) -> Any:
+    """A vector of copies of a value, in code generation."""
     one = builder.insert_element(
         ir.Constant(ir.VectorType(_FLOAT, width), ir.Undefined), scalar, ir.Constant(ir.IntType(32), 0)
     )
@@ -107,7 +108,7 @@ def scaled(typingctx: Any, scale: Any, row: Any) -> Any:
     """``scale * row``."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.fmul(_splat(builder, args[0], row.width), args[1], flags=_FAST)
+        return builder.fmul(splat(builder, args[0], row.width), args[1], flags=_FAST)
 
     return row(types.float32, row), codegen
 
@@ -117,7 +118,7 @@ def add_scaled(typingctx: Any, row: Any, scale: Any, other: Any) -> Any:
     """``row + scale * other``, rounded once where the CPU can."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        scaled = builder.fmul(_splat(builder, args[1], row.width), args[2], flags=_FAST)
+        scaled = builder.fmul(splat(builder, args[1], row.width), args[2], flags=_FAST)
         return builder.fadd(args[0], scaled, flags=_FAST)
 
     return row(row, types.float32, other), codegen
@@ -129,9 +130,30 @@ def filled(typingctx: Any, value: Any, width: Any) -> Any:
     result = Row(width.literal_value)
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return _splat(builder, args[0], result.width)
+        return splat(builder, args[0], result.width)
 
     return result(types.float32, width), codegen
+
+
+@intrinsic
+def replaced(typingctx: Any, row: Any, bits: Any, value: Any) -> Any:
+    """A row of 64 values with ``value`` where ``bits`` (uint64) has its bits on; bit 0 is value 0's."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        on = builder.bitcast(args[1], ir.VectorType(ir.IntType(1), row.width))
+        return builder.select(on, splat(builder, args[2], row.width), args[0])
+
+    return row(row, types.uint64, types.float32), codegen
+
+
+@intrinsic
+def count_bits(typingctx: Any, bits: Any) -> Any:
+    """How many bits of a uint64 are on."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.ctpop(args[0])
+
+    return types.uint64(types.uint64), codegen
 
 
 @intrinsic
