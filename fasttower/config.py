@@ -14,14 +14,22 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from fasttower.errors import FastTowerError
+from fasttower_kernels.settings import (
+    Backend,
+    LossName,
+    LossScale,
+    LossSettings,
+    NegativeSettings,
+    Optimiser,
+    Proposal,
+    Similarity,
+    TableDtype,
+    check_together,
+)
 
 Split = Literal["time", "random", "leave-last"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
-Backend = Literal["auto", "triton", "numba", "torch"]
 Preset = Literal["default", "notebook"]
-LossScale = Literal["positives", "pairs"]
-Optimiser = Literal["auto", "adam", "lazy_adam"]
-TableDtype = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,13 +95,35 @@ class TrainingConfig:
     """Add a learned bias per item to the logit."""
     init_scale: float | None = None
     """Standard deviation of the initial vectors; 0.1 / sqrt(embedding_dim) if not given."""
+    loss: LossName = "bce"
+    """Loss of a positive and its negatives: binary cross-entropy, gbce (its calibrated form), bpr (pairwise)
+    or sampled softmax."""
+    calibration: float = 0.75
+    """t of --loss gbce, from 0 (bce) to 1 (calibrated for the share of items that is drawn)."""
+    similarity: Similarity = "dot"
+    """Of a user's and an item's vector in the logit: their dot product, or their cosine over a temperature."""
+    temperature: float = 0.2
+    """What --similarity cosine is divided by: lower is sharper."""
+    negatives: Proposal = "uniform"
+    """Where negatives come from. uniform and popularity draw for each positive. The others score a block of
+    positives against one list: shared draws it, in-batch takes the block's own items, mixed takes both."""
     num_negatives: int = 10
-    """Negatives drawn for each positive."""
+    """Negatives drawn for each positive (uniform, popularity) or for each block (shared, mixed)."""
+    negative_pool: int = 0
+    """Hard negatives: draw so many for each positive and keep those with the largest logits; 0 for none."""
+    popularity_power: float = 0.75
+    """--negatives popularity draws an item in proportion to its count to this power."""
+    block_size: int = 256
+    """Positives that share a list of negatives."""
     exclude_known_positives: bool = True
     """Draw negatives from the items that the user has not touched, exactly."""
     l2: tuple[float, ...] = (0.06, 0.03, 0.1)
     """L2 on the vectors of a positive and its negatives, added to the loss of each positive. The validation
     part chooses among several values; without one the first counts."""
+    item_l2: float | None = None
+    """L2 on the vectors of items; as --l2, which then is for users only, if not given."""
+    bias_l2: float = 0.0
+    """L2 on the item biases."""
     loss_scale: LossScale = "positives"
     """The batch's loss is divided by its positives, or by its positive and negative pairs."""
     learning_rate: float = 0.01
@@ -145,6 +175,27 @@ class TrainingConfig:
         scale = self.init_scale
         _check(self, "init_scale", scale is None or 0 <= scale < math.inf, "a finite number, 0 or more")
         _check(self, "k", 1 <= self.k <= 10_000, "1 to 10,000")
+        check_together(self.loss_settings(self.l2[0]), self.negative_settings)
+
+    def loss_settings(self, l2: float) -> LossSettings:
+        """The loss as the training step takes it, for one of the configuration's L2 weights."""
+        return LossSettings(
+            self.loss,
+            self.calibration,
+            self.similarity,
+            self.temperature,
+            user_l2=l2,
+            item_l2=l2 if self.item_l2 is None else self.item_l2,
+            bias_l2=self.bias_l2,
+            scale=self.loss_scale,
+        )
+
+    @property
+    def negative_settings(self) -> NegativeSettings:
+        """The negatives as the training step takes them."""
+        return NegativeSettings(
+            self.negatives, self.num_negatives, self.negative_pool, self.popularity_power, self.block_size
+        )
 
     def resolved(self, num_rows: int) -> ResolvedTrainingConfig:
         """The same configuration with what was left open filled in.

@@ -76,12 +76,15 @@ def read_run(path: Path) -> dict[str, Any]:
         written = _checked_format(path, config.pop("format", 1))
         metrics = _read_object(path / "metrics.json")
         lines = (path / "history.jsonl").read_text().splitlines()
+        settings = Config.from_json(config)
         users, items = (pl.read_parquet(path / f"{name}.parquet") for name in ("users", "items"))
         fields = {
-            "model": TwoTower.from_saved(load_file(path / "model.safetensors")),
+            "model": TwoTower.from_saved(
+                load_file(path / "model.safetensors"), settings.loss_settings(0).norm_temperature
+            ),
             "users": users,
             "items": items,
-            "config": Config.from_json(config),
+            "config": settings,
             "device": config["device"],
             "backend": config["backend"],
             "history": [EpochRecord(**json.loads(line)) for line in lines],

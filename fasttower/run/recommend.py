@@ -18,7 +18,6 @@ from fasttower.retrieval.ids import Unknown, check_choice
 from fasttower.run.record import Record
 from fasttower.training.fold_in import fold_in
 from fasttower_kernels.known_positives import KnownPositives
-from fasttower_kernels.sampled_bce import LossSettings
 from fasttower_kernels.topk import Scoring
 
 
@@ -74,8 +73,8 @@ def recommend_new(record: Record, interactions: Any, request: Request) -> Iterat
             touched,
             model.infer_items(),
             model.item_bias,
-            LossSettings(config.num_negatives, record.metrics["l2"], config.loss_scale),
-            exclude_known_positives=config.exclude_known_positives,
+            config.loss_settings(record.metrics["l2"]),
+            record.negatives,
         )
     users = torch.arange(len(user_ids), device=vectors.device)
     if model.item_bias is None:  # then nothing is known of who has touched nothing

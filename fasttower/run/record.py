@@ -7,12 +7,14 @@ from functools import cached_property
 from typing import NotRequired, TypedDict
 
 import polars as pl
+import torch
 
 from fasttower.config import ResolvedConfig
 from fasttower.model import TwoTower
 from fasttower.retrieval import Retriever
 from fasttower.training.observer import EpochRecord
 from fasttower_kernels.known_positives import KnownPositives
+from fasttower_kernels.negatives import Negatives
 
 
 class Update(TypedDict):
@@ -94,6 +96,19 @@ class Record:
     recommendations: pl.DataFrame
     metrics: Outcome
     known_positives: KnownPositives
+
+    @cached_property
+    def negatives(self) -> Negatives:
+        """The negatives that the model was trained with, as far as the unique pairs tell."""
+        known = self.known_positives
+        return Negatives(
+            self.config.negative_settings,
+            known.num_users,
+            known.num_items,
+            known if self.config.exclude_known_positives else None,
+            torch.bincount(known.items, minlength=known.num_items),
+            len(known.items),
+        )
 
     @cached_property
     def retriever(self) -> Retriever:

@@ -9,7 +9,7 @@ from fasttower.config import ResolvedTrainingConfig
 from fasttower.model import TwoTower
 from fasttower.training.fold_in import fold_in
 from fasttower_kernels.known_positives import KnownPositives
-from fasttower_kernels.sampled_bce import LossSettings
+from fasttower_kernels.negatives import Negatives
 from fasttower_kernels.tables import Interactions
 
 
@@ -43,10 +43,16 @@ def extended_model(
         The new model, on the device of the old one.
     """
     device = model.tables.users.device
-    bigger = TwoTower(num_users, num_items, model.embedding_dim, item_bias=model.item_bias is not None)
+    bigger = TwoTower(
+        num_users,
+        num_items,
+        model.embedding_dim,
+        item_bias=model.item_bias is not None,
+        temperature=model.temperature,
+    )
     bigger = bigger.initialise(config.seed, config.init_scale).to(device)
-    bigger.user_tower.vectors[old_users] = model.infer_users()
-    bigger.item_tower.vectors[old_items] = model.infer_items()
+    bigger.user_tower.vectors[old_users] = model.user_tower.vectors
+    bigger.item_tower.vectors[old_items] = model.item_tower.vectors
     if bigger.item_bias is not None and model.item_bias is not None:
         bigger.item_bias[old_items] = model.item_bias
 
@@ -63,13 +69,21 @@ def extended_model(
         len(new_users),
         len(old_items),
     )
-    vectors = fold_in(
-        touched,
-        model.infer_items(),
-        model.item_bias,
-        LossSettings(config.num_negatives, l2, config.loss_scale),
-        exclude_known_positives=config.exclude_known_positives,
+    if config.negative_pool:  # their expectation has no closed form: new users start as in a new run
+        return bigger
+    rows = old_item_row[interactions.item_index.long()]
+    counts = torch.bincount(rows[rows >= 0], minlength=len(old_items))
+    negatives = Negatives(
+        config.negative_settings,
+        len(new_users),
+        len(old_items),
+        touched if config.exclude_known_positives else None,
+        counts,
+        len(rows),
     )
+    vectors = fold_in(touched, model.infer_items(), model.item_bias, config.loss_settings(l2), negatives)
+    if model.temperature is not None:  # normalised vectors, at the length that trained ones have
+        vectors *= model.temperature * model.user_tower.vectors.norm(dim=1).mean()
     knows_some = touched.degrees > 0
     bigger.user_tower.vectors[new_users[knows_some]] = vectors[knows_some]
     return bigger

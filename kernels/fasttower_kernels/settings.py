@@ -79,6 +79,11 @@ class LossSettings:
         return self.similarity == "cosine"
 
     @property
+    def norm_temperature(self) -> float | None:
+        """The temperature of normalised vectors; None for the dot product."""
+        return self.temperature if self.is_cosine else None
+
+    @property
     def reads_log_q(self) -> bool:
         """Whether the loss corrects for how often a negative is drawn."""
         return self.name == "softmax"

@@ -9,17 +9,17 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from fasttower_kernels.settings import LossSettings
-
 LEAST_NORM = 1e-8
 """A norm below it counts as this; gradients do not pass through such a norm."""
 
 
-def read_users(vectors: Tensor, loss: LossSettings) -> Tensor:
-    """User vectors (..., D) as the logit takes them: ``u``, or ``u / |u| / temperature``."""
-    return normalize(vectors, dim=-1, eps=LEAST_NORM) / loss.temperature if loss.is_cosine else vectors
+def read_users(vectors: Tensor, temperature: float | None) -> Tensor:
+    """User vectors (..., D) as the logit takes them: ``u / |u| / temperature``; with None ``u`` itself."""
+    if temperature is None:
+        return vectors
+    return normalize(vectors, dim=-1, eps=LEAST_NORM) / temperature
 
 
-def read_items(vectors: Tensor, loss: LossSettings) -> Tensor:
-    """Item vectors (..., D) as the logit takes them: ``v``, or ``v / |v|``."""
-    return normalize(vectors, dim=-1, eps=LEAST_NORM) if loss.is_cosine else vectors
+def read_items(vectors: Tensor, temperature: float | None) -> Tensor:
+    """Item vectors (..., D) as the logit takes them: ``v / |v|``; with None ``v`` itself."""
+    return vectors if temperature is None else normalize(vectors, dim=-1, eps=LEAST_NORM)

@@ -56,7 +56,7 @@ def batch_loss(
         user_vectors, item_vectors, item_bias, batch, negatives, loss, key, step, first_position
     )
     rows = embedding(items, item_vectors)  # [B, 1 + N, D]
-    logits = torch.bmm(read_items(rows, loss), read_users(user_vectors, loss)[:, :, None])[:, :, 0]
+    logits = torch.bmm(read_items(rows, loss.norm_temperature), read_users(user_vectors, loss.norm_temperature)[:, :, None])[:, :, 0]
     bias = None if item_bias is None else item_bias[items]
     if bias is not None:
         logits = logits + bias
@@ -112,8 +112,8 @@ def _candidates(
     log_q = log_expected(batch, drawn, negatives).to(user_vectors)
     items = drawn.items
     if settings.pool:
-        rows = read_items(item_vectors[items], loss)
-        logits = torch.bmm(rows, read_users(user_vectors, loss)[:, :, None])[:, :, 0]
+        rows = read_items(item_vectors[items], loss.norm_temperature)
+        logits = torch.bmm(rows, read_users(user_vectors, loss.norm_temperature)[:, :, None])[:, :, 0]
         if item_bias is not None:
             logits = logits + item_bias[items]
         kept = logits.sort(dim=1, descending=True, stable=True).indices[:, : settings.count]

@@ -85,10 +85,10 @@ def _block_loss(
         counted &= ~known.contains(users[:, None], items[None, :], repeatedly=True)
         weight = (known.degrees[users] < negatives.num_items).to(weight)
 
-    queries = read_users(user_vectors, loss)
+    queries = read_users(user_vectors, loss.norm_temperature)
     of_positives, of_list = embedding(positives, item_vectors), embedding(items, item_vectors)
-    positive = (queries * read_items(of_positives, loss)).sum(1)
-    logits = queries @ read_items(of_list, loss).T
+    positive = (queries * read_items(of_positives, loss.norm_temperature)).sum(1)
+    logits = queries @ read_items(of_list, loss.norm_temperature).T
     if item_bias is not None:
         positive, logits = positive + item_bias[positives], logits + item_bias[items]
     rate, drawn = negatives.list_rates
