@@ -101,12 +101,13 @@ class TrainingConfig:
     calibration: float = 0.75
     """t of --loss gbce, from 0 (bce) to 1 (calibrated for the share of items that is drawn)."""
     similarity: Similarity = "dot"
-    """Of a user's and an item's vector in the logit: their dot product, or their cosine over a temperature."""
+    """Of a user's and an item's vector in the logit: their dot product, or their cosine over a
+    temperature."""
     temperature: float = 0.2
     """What --similarity cosine is divided by: lower is sharper."""
     negatives: Proposal = "uniform"
-    """Where negatives come from. uniform and popularity draw for each positive. The others score a block of
-    positives against one list: shared draws it, in-batch takes the block's own items, mixed takes both."""
+    """uniform and popularity draw for each positive. The others score a block of positives against one list:
+    shared draws it, in-batch takes the items of the block, mixed takes both."""
     num_negatives: int = 10
     """Negatives drawn for each positive (uniform, popularity) or for each block (shared, mixed)."""
     negative_pool: int = 0

@@ -101,29 +101,6 @@ def check_repeatable(backend: str, device: torch.device) -> None:
 
 
 @contextlib.contextmanager
-def deterministic_kernels(backend: str, device: torch.device) -> Iterator[None]:
-    """Have a backend repeat bit for bit inside the block; torch's own mode is afterwards as it was.
-
-    Only training steps belong inside: on CUDA, torch's matrix products refuse to run in this mode without an
-    environment variable, though they repeat.
-
-    Raises:
-        FastTowerError: the backend has no such mode on the device.
-    """
-    check_repeatable(backend, device)
-    if backend != "triton":
-        yield
-        return
-    before = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before, warn_only=warn_only)
-
-
-@contextlib.contextmanager
 def cpu_threads(threads: int | None) -> Iterator[int]:
     """Use that many CPU threads, or every core, inside the block; yields the number.
 

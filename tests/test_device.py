@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fasttower.config import TrainingConfig
-from fasttower.device import check_repeatable, choose_device, cpu_threads, deterministic_kernels
+from fasttower.device import check_repeatable, choose_device, cpu_threads
 from fasttower.errors import FastTowerError
 from fasttower.model import TwoTower
 from fasttower.training import trainer
@@ -73,24 +73,6 @@ def warn_only():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
-
-
-def test_deterministic_kernels_leave_torchs_mode_as_it_was(warn_only):
-    for error in (None, ZeroDivisionError):
-        try:
-            with deterministic_kernels("triton", torch.device("cuda")):
-                assert modes() == (True, False)
-                if error:
-                    raise error
-        except ZeroDivisionError:
-            pass
-        assert modes() == (True, True)
-
-
-def test_on_a_cpu_nothing_has_to_be_done():
-    for backend in ("torch", "numba"):
-        with deterministic_kernels(backend, torch.device("cpu")):
-            assert modes() == (False, False)
 
 
 @pytest.mark.parametrize("device", ["cuda", "mps"])

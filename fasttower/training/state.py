@@ -28,7 +28,7 @@ class Progress:
         history: the epochs of the current seed.
         best: of the current seed's epochs; None once a phase has ended whose last epoch counts.
         step: steps done in the current phase.
-        bce: the BCE summed over the current epoch so far.
+        loss: summed over the positives of the current epoch so far, without L2.
         epoch_s: seconds since the current epoch began.
         phase_s: seconds since the current phase began.
     """
@@ -38,7 +38,7 @@ class Progress:
     history: list[EpochRecord] = field(default_factory=list)
     best: BestEpoch | None = None
     step: int = 0
-    bce: float = 0.0
+    loss: float = 0.0
     epoch_s: float = 0.0
     phase_s: float = 0.0
 

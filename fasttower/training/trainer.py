@@ -5,13 +5,11 @@ from __future__ import annotations
 import copy
 import math
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from fasttower.config import ResolvedTrainingConfig
-from fasttower.device import deterministic_kernels
+from fasttower.config import ResolvedTrainingConfig, TrainingConfig
 from fasttower.errors import TrainingError
 from fasttower.model import TwoTower
 from fasttower.training.data import TrainingData
@@ -19,11 +17,11 @@ from fasttower.training.observer import EpochRecord, Observer
 from fasttower.training.plan import Outcome, Phase, Plan
 from fasttower.training.state import BestEpoch, Progress, TrainerState
 from fasttower.training.validation import Validation
-from fasttower_kernels.backends import Backend, choose_backend
 from fasttower_kernels.known_positives import KnownPositives
-from fasttower_kernels.sampled_bce import LossSettings
+from fasttower_kernels.negatives import Negatives
+from fasttower_kernels.settings import StepSettings
+from fasttower_kernels.step import Step, TrainState, steps_per_epoch
 from fasttower_kernels.tables import Interactions
-from fasttower_kernels.train_steps import StepSettings, TrainState, run_steps, steps_per_epoch
 
 # Positives between two looks at the progress callback and at the stop signal, on a CPU.
 _TICK_POSITIVES = 1 << 18
@@ -51,55 +49,43 @@ class TrainedModel:
     interrupted: bool
 
 
-@dataclass(frozen=True)
 class _PhaseStep:
     """The training step of a phase.
 
     Attributes:
         state: what it updates.
         interactions: the n positives.
-        excluded: what negatives leave out, or None.
+        negatives: of the same part.
         settings: of the loss, the optimiser and the batches.
-        backend: as asked for.
-        deterministic: whether it repeats bit for bit on a GPU too.
+        per_epoch: S, steps per epoch.
+        tick: steps per call, if the epoch has as many left. With lazy Adam the ends of calls show in the last
+            bits, so the clock has no say in them.
     """
 
-    state: TrainState
-    interactions: Interactions
-    excluded: KnownPositives | None
-    settings: StepSettings
-    backend: Backend
-    deterministic: bool
-
-    @property
-    def per_epoch(self) -> int:
-        """S, steps per epoch."""
-        return steps_per_epoch(len(self.interactions), self.settings.batch_size)
-
-    @property
-    def tick(self) -> int:
-        """Steps per call, if the epoch has as many left.
-
-        With lazy Adam the ends of calls show in the last bits, so the clock has no say in them.
-        """
-        on_gpu = self.interactions.user_index.device.type == "cuda"
-        return self.per_epoch if on_gpu else max(1, _TICK_POSITIVES // self.settings.batch_size)
+    def __init__(
+        self,
+        state: TrainState,
+        interactions: Interactions,
+        negatives: Negatives,
+        settings: StepSettings,
+        config: TrainingConfig,
+    ) -> None:
+        self.state = state
+        self.interactions = interactions
+        self.negatives = negatives
+        self.settings = settings
+        self.per_epoch = steps_per_epoch(len(interactions), settings.batch_size)
+        on_gpu = interactions.user_index.device.type == "cuda"
+        self.tick = self.per_epoch if on_gpu else max(1, _TICK_POSITIVES // settings.batch_size)
+        self._step = Step(state, interactions, negatives, settings, backend=config.backend)
 
     def run(self, first: int, count: int) -> float:
-        """Train for some steps of one epoch; returns their summed BCE."""
-        device = self.interactions.user_index.device
-        backend, _ = choose_backend(self.backend, device)
-        with deterministic_kernels(backend, device) if self.deterministic else nullcontext():
-            bce = run_steps(
-                self.state,
-                self.interactions,
-                self.excluded,
-                self.settings,
-                first_step=first,
-                num_steps=count,
-                backend=self.backend,
-            )
-        return float(bce)  # waits for the device
+        """Train for some steps of one epoch; returns the sum of their losses, without L2."""
+        return float(self._step.run(first, count))  # waits for the device
+
+    def mean(self, value: float) -> float:
+        """The loss of an epoch, from the sum over its positives."""
+        return value / self.settings.loss.divisor(len(self.interactions), self.settings.negatives.scored)
 
 
 class Trainer:
@@ -178,7 +164,7 @@ class Trainer:
         step = self._step = self._step or self._begin(phase)
         began = time.perf_counter()
         count = min(step.tick, step.per_epoch - progress.step % step.per_epoch)
-        progress.bce += step.run(progress.step, count)
+        progress.loss += step.run(progress.step, count)
         progress.step += count
         epoch, rest = divmod(progress.step, step.per_epoch)
         num_rows, ended = len(step.interactions), rest == 0
@@ -197,31 +183,41 @@ class Trainer:
         config = self.config
         interactions, known = self._parts[phase.part]
         self.model = self._given_model or self._new_model(phase.seed)
-        return _PhaseStep(
-            TrainState.start(self.model.tables),
+        state = TrainState.start(self.model.tables)
+        negatives = Negatives.of(
+            config.negative_settings,
             interactions,
+            known.num_users,
+            known.num_items,
             known if config.exclude_known_positives else None,
-            StepSettings(
-                LossSettings(config.num_negatives, phase.l2, config.loss_scale),
-                config.learning_rate,
-                config.batch_size,
-                phase.seed,
-                config.optimiser,
-                config.table_dtype,
-            ),
-            config.backend,
+        )
+        settings = StepSettings(
+            config.learning_rate,
+            config.batch_size,
+            phase.seed,
+            config.loss_settings(phase.l2),
+            negatives.settings,
+            config.optimiser,
+            config.table_dtype,
             config.deterministic,
         )
+        return _PhaseStep(state, interactions, negatives, settings, config)
 
     def _new_model(self, seed: int) -> TwoTower:
         config, (_, known) = self.config, self._parts["fit"]
-        model = TwoTower(known.num_users, known.num_items, config.embedding_dim, item_bias=config.item_bias)
+        model = TwoTower(
+            known.num_users,
+            known.num_items,
+            config.embedding_dim,
+            item_bias=config.item_bias,
+            temperature=config.loss_settings(0).norm_temperature,
+        )
         return model.initialise(seed, config.init_scale).to(known.items.device)
 
     def _end_epoch(self, phase: Phase, step: _PhaseStep, epoch: int) -> None:
         """Check the model, score it where the phase chooses, and record the epoch."""
         progress, num_rows = self.progress, len(step.interactions)
-        train_loss = progress.bce / (num_rows * step.settings.loss.pairs)
+        train_loss = step.mean(progress.loss)
         # The loss was taken before the last updates, which may have been the ones that broke the tables.
         largest = max(float(table.abs().max()) for table in step.state.parameters)
         if not (math.isfinite(train_loss) and largest < _LARGEST_PARAMETER):
@@ -248,7 +244,7 @@ class Trainer:
         if phase.chooses and (best is None or self._score(record) > self._score(best.record)):
             progress.best = BestEpoch(record, [table.clone() for table in step.state.parameters])
         progress.history.append(record)
-        progress.bce = progress.epoch_s = 0.0
+        progress.loss = progress.epoch_s = 0.0
         self.observer.on_epoch(record)
 
     def _validate(self, phase: Phase, step: _PhaseStep) -> tuple[float | None, dict[str, float]]:
@@ -258,7 +254,7 @@ class Trainer:
         assert self._validation is not None
         assert self.model is not None  # both are there within such a phase
         loss = self._validation.loss(
-            self.model, step.settings.loss, step.excluded, seed=phase.seed, backend=self.config.backend
+            self.model, step.settings.loss, step.negatives, seed=phase.seed, backend=self.config.backend
         )
         return loss, self._validation.metrics(self.model)
 

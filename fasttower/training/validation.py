@@ -8,10 +8,11 @@ import torch
 
 from fasttower.evaluation.ranking import ranking_metrics
 from fasttower.model import TwoTower
-from fasttower_kernels.backends import Backend
 from fasttower_kernels.known_positives import KnownPositives
+from fasttower_kernels.negatives import Negatives
 from fasttower_kernels.philox import Purpose, derive_key
-from fasttower_kernels.sampled_bce import LossSettings, bce_sum
+from fasttower_kernels.settings import Backend, LossSettings
+from fasttower_kernels.step import loss_sum
 from fasttower_kernels.tables import Interactions
 from fasttower_kernels.topk import top_k
 
@@ -66,23 +67,23 @@ class Validation:
     def loss(
         self,
         model: TwoTower,
-        settings: LossSettings,
-        known_positives: KnownPositives | None,
+        loss: LossSettings,
+        negatives: Negatives,
         *,
         seed: int,
         backend: Backend,
     ) -> float:
-        """The mean BCE of the validation pairs, on the scale of the training loss.
+        """The mean loss of the validation pairs, on the scale of the training loss.
 
         The negatives are the same every epoch, so that only the model moves the curve.
         """
-        bce = bce_sum(
+        value = loss_sum(
             model.tables,
             self.interactions,
-            known_positives,
-            settings,
+            negatives,
+            loss,
             key=derive_key(seed, Purpose.VALIDATION),
             step=0,
             backend=backend,
         )
-        return float(bce) / (len(self.interactions) * settings.pairs)  # waits for the device
+        return float(value) / loss.divisor(len(self.interactions), negatives.settings.scored)  # waits

@@ -172,6 +172,8 @@ class StepSettings:
             of users and items and 4e-4 in that of the bias, where float32 had 5e-8 and 1e-7 (``python -m
             benchmarks.bfloat16_error``). Source: Micikevicius et al., "Mixed Precision Training" (ICLR
             2018), section 3.1.
+        deterministic: repeat bit for bit on a GPU too, without floating-point atomics; on a CPU steps do, for
+            their number of threads. Backend triton holds the (B, 1 + N) items and slopes of a batch for it.
     """
 
     learning_rate: float
@@ -181,6 +183,7 @@ class StepSettings:
     negatives: NegativeSettings = field(default_factory=NegativeSettings)
     optimiser: Optimiser = "auto"
     table_dtype: TableDtype = "float32"
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         """Check the ranges, and that the loss and the negatives go together."""

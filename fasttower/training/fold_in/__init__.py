@@ -19,8 +19,8 @@ from fasttower.training.fold_in.items import ChunkItems
 from fasttower.training.fold_in.newton import Objective, minimise
 from fasttower.training.fold_in.softmax import Softmax
 from fasttower_kernels.known_positives import KnownPositives
-from fasttower_kernels.settings import LossName, LossSettings
 from fasttower_kernels.negatives import Negatives
+from fasttower_kernels.settings import LossName, LossSettings
 
 _PROBLEMS: dict[LossName, type[BCE] | type[BPR] | type[Softmax]] = {
     "bce": BCE,
@@ -65,8 +65,8 @@ def fold_in(
     if negatives.settings.pool:
         raise FastTowerError(
             "the run was trained with hard negatives (a pool of "
-            f"{negatives.settings.pool}), under which a new user's problem has no closed form: update the run "
-            "with the user's rows, or train without a pool."
+            f"{negatives.settings.pool}), under which a new user's problem has no closed form: update the "
+            "run with the user's rows, or train without a pool."
         )
     device = item_vectors.device
     bias = torch.zeros(len(item_vectors), device=device) if item_bias is None else item_bias

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from fasttower.training.fold_in.items import ChunkItems, Symmetric
-from fasttower_kernels.settings import LossSettings
 from fasttower_kernels.negatives import Negatives
+from fasttower_kernels.settings import LossSettings
 
 
 class BCE:
@@ -31,7 +31,7 @@ class BCE:
         """Values (C,), gradients (C, D) and Hessians (C, D, D) at users (C, D)."""
         items = self._items
         value, gradient = users.new_zeros(len(users)), users * 0
-        hessian = Symmetric(*users.shape, users.device)
+        hessian = Symmetric(len(users), users.shape[1], users.device)
         for tile in items.tiles():
             mine = items.touched(tile)
             pull, push = self._beta * mine / items.degrees, items.expected(tile, mine)

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from fasttower.training.fold_in.items import ChunkItems
-from fasttower_kernels.settings import LossSettings
 from fasttower_kernels.negatives import Negatives
+from fasttower_kernels.settings import LossSettings
 
 # Pairs of a user that are handled together: the touched items of a busy user go in pieces.
 _PAIRS = 1 << 22

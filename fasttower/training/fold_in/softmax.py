@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from fasttower.training.fold_in.items import ChunkItems, Symmetric
-from fasttower_kernels.settings import LossSettings
 from fasttower_kernels.negatives import Negatives
+from fasttower_kernels.settings import LossSettings
 
 _NEVER = -1e30  # the logarithm of nothing, in numbers that can be subtracted
 

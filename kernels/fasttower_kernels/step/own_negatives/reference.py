@@ -56,7 +56,9 @@ def batch_loss(
         user_vectors, item_vectors, item_bias, batch, negatives, loss, key, step, first_position
     )
     rows = embedding(items, item_vectors)  # [B, 1 + N, D]
-    logits = torch.bmm(read_items(rows, loss.norm_temperature), read_users(user_vectors, loss.norm_temperature)[:, :, None])[:, :, 0]
+    logits = torch.bmm(
+        read_items(rows, loss.norm_temperature), read_users(user_vectors, loss.norm_temperature)[:, :, None]
+    )[:, :, 0]
     bias = None if item_bias is None else item_bias[items]
     if bias is not None:
         logits = logits + bias
