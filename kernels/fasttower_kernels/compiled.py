@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import numba
 import numpy as np
-from numba import extending
+from numba import extending, types
 from numpy.typing import NDArray
 
 from fasttower_kernels.tables import Tables
@@ -22,7 +22,6 @@ from fasttower_kernels.tables import Tables
 # numba's own annotations are about calls from Python; for code that it compiles they do not fit.
 njit: Any = numba.njit
 intrinsic: Any = extending.intrinsic
-overload: Any = extending.overload
 uint32: Any = numba.uint32
 uint64: Any = numba.uint64
 int32: Any = numba.int32
@@ -67,6 +66,30 @@ def entry_point(function: Function) -> Function:
     except RuntimeError:  # neither the package's folder nor the user's cache folder can be written
         compiled = njit(nogil=True, **_LOOPS)(function)
     return compiled
+
+
+def chosen(stub: Callable[..., Any], compiled: Callable[[str], Callable[..., Any]]) -> None:
+    """Make a stub of a name the compiled function of that name, for compiled code that calls it.
+
+    ``stub(name)(...)`` with a literal name compiles only what it names. Closing over the function itself would
+    miss the cache on disk in every process.
+
+    Args:
+        stub: takes the name.
+        compiled: gives the function that a name stands for.
+    """
+
+    def choose(name: Any) -> Callable[[Any], Any] | None:
+        if not isinstance(name, types.StringLiteral):
+            return None  # numba then tries the literal
+        function = compiled(name.literal_value)
+
+        def run(name: Any) -> Any:
+            return function
+
+        return run
+
+    extending.overload(stub, prefer_literal=True, jit_options=OPTIONS)(choose)
 
 
 def empty(dtype: type) -> Array:

@@ -18,10 +18,14 @@ _LARGEST_INVERSE = float32(1 / LEAST_NORM)
 @njit(fastmath=FAST, **OPTIONS)
 def inverse_norm(vector: Row) -> float:
     """1 / max(|v|, LEAST_NORM), float32."""
-    square = np.float64(
-        dot(vector, vector)
-    )  # a float32 has no room for the square of LEAST_NORM's neighbours
+    square = np.float64(dot(vector, vector))
     return float32(1 / np.sqrt(square)) if square > _LEAST_SQUARE else _LARGEST_INVERSE
+
+
+@njit(**OPTIONS)
+def is_least(inverse: float) -> bool:
+    """Whether an inverse norm is that of a norm below LEAST_NORM, which stands still."""
+    return inverse == _LARGEST_INVERSE
 
 
 @njit(fastmath=FAST, **OPTIONS)
@@ -36,6 +40,6 @@ def through_norm(gradient: Row, read: Row, inverse: float, temperature: float) -
         inverse: r of `inverse_norm`.
         temperature: t, float32.
     """
-    if inverse != _LARGEST_INVERSE:
+    if not is_least(inverse):
         gradient = add_scaled(gradient, -temperature * temperature * dot(gradient, read), read)
     return scaled(inverse / temperature, gradient)

@@ -35,10 +35,10 @@ def compiled(loss):
                 for k in range(here):
                     x[(1 + k) * TILE : (2 + k) * TILE] = logits[1 + first + k]
                 if sweep == 0:
-                    accumulate(loss, x, uint64(1 + here), tile)
+                    accumulate(loss)(x, uint64(1 + here), tile)
                 else:
                     last = first + chunk >= count
-                    slopes(loss, x, uint64(1 + here), last, tile)
+                    slopes(loss)(x, uint64(1 + here), last, tile)
                     for k in range(here):
                         out[1 + first + k] = x[(1 + k) * TILE : (2 + k) * TILE]
                     for w in range(TILE):

@@ -5,10 +5,9 @@ import torch
 from step.oracle import KEY, STEP, make_batch, make_negatives, make_tables, oracle
 
 from fasttower_kernels.settings import LossSettings, NegativeSettings
-from fasttower_kernels.step.gradients import reference
-from fasttower_kernels.step.shared_negatives import numba_cpu as shared_numba
+from fasttower_kernels.step.gradients import numba_cpu, reference
 
-BACKENDS = {"torch": reference, "numba": shared_numba}
+BACKENDS = {"torch": reference, "numba": numba_cpu}
 
 LOSSES = {
     "bce": LossSettings(user_l2=0.3, item_l2=0.2, bias_l2=0.1),
@@ -48,8 +47,6 @@ CASES = [(loss, negatives) for loss in LOSSES for negatives in NEGATIVES if goes
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("dim", "size", "exclude", "bias"), [(3, 40, True, True), (16, 21, False, False)])
 def test_gradients(loss, negatives, backend, dim, size, exclude, bias):
-    if backend == "numba" and not NEGATIVES[negatives].is_shared:
-        pytest.skip("not there yet")
     loss, negatives = LOSSES[loss], make_negatives(NEGATIVES[negatives], exclude=exclude)
     tables, batch = make_tables(dim, scale=0.7, bias=bias), make_batch(size)
     gradients = tables.zeros_like()

@@ -391,9 +391,9 @@ def add_shared_batch(
                     last = first + chunk == count
                     _score_chunk(x, columns, block_list, first, chunk, width)
                     if sweep == uint64(0):
-                        accumulate(loss, x, uint64(1) + chunk, state)
+                        accumulate(loss)(x, uint64(1) + chunk, state)
                     if sweep == sweeps - uint64(1):
-                        slopes(loss, x, uint64(1) + chunk, last, state)
+                        slopes(loss)(x, uint64(1) + chunk, last, state)
                         for w in range(here):
                             if state.weight[w] != float32(0):
                                 total += state.value[w]
@@ -549,7 +549,7 @@ def _compiled(variant: Variant, gathered: bool, sources: int = SOURCES) -> Any:
     return entry_point(run)
 
 
-def _run(
+def run_batch(
     parameters: Tables,
     gradients: Tables | None,
     batch: Interactions,
@@ -561,6 +561,7 @@ def _run(
     first_position: int = 0,
     gathered: bool = False,
 ) -> Tensor:
+    """Add the gradients of a batch's loss, or none; see `own_negatives.numba_cpu.run_batch`."""
     total = _compiled(variant_of(parameters, negatives, loss), gathered)(
         flat_arrays(parameters),
         (empty(np.float32),) * 3 if gradients is None else flat_arrays(gradients),
@@ -574,36 +575,3 @@ def _run(
         factors_of(loss, negatives.settings.scored),
     )
     return torch.tensor(total, dtype=torch.float64)
-
-
-def add_gradients(
-    parameters: Tables,
-    gradients: Tables,
-    batch: Interactions,
-    negatives: Negatives,
-    loss: LossSettings,
-    *,
-    key: Key,
-    step: int,
-    gathered: bool = False,
-) -> Tensor:
-    """Add the gradients of a batch's loss; return the sum of its values, float64. See the reference.
-
-    With ``gathered`` the user table has a row for each positive of the batch, (B, P), and the users' indices
-    say what negatives leave out, nothing else.
-    """
-    return _run(parameters, gradients, batch, negatives, loss, key=key, step=step, gathered=gathered)
-
-
-def loss_sum(
-    parameters: Tables,
-    batch: Interactions,
-    negatives: Negatives,
-    loss: LossSettings,
-    *,
-    key: Key,
-    step: int,
-    first_position: int = 0,
-) -> Tensor:
-    """The sum of a batch's values, float64, without gradients. See the reference."""
-    return _run(parameters, None, batch, negatives, loss, key=key, step=step, first_position=first_position)
