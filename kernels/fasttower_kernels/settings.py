@@ -22,6 +22,9 @@ TableDtype = Literal["float32", "bfloat16"]
 
 MAX_BLOCK_SIZE = 1 << 14
 
+LAZY_PAYS_FROM = 3
+"""Rows of the tables for each row that a batch touches, from which `auto` is lazy."""
+
 
 @dataclass(frozen=True)
 class LossSettings:
@@ -195,6 +198,20 @@ class StepSettings:
         _check_name("table_dtype", self.table_dtype, TableDtype)
         seed_key(self.seed)
         check_together(self.loss, self.negatives)
+
+    def is_lazy(self, num_users: int, num_items: int) -> bool:
+        """Whether the optimiser of the compiled backends is lazy.
+
+        `auto` is where the tables have at least `LAZY_PAYS_FROM` times the rows that a batch can touch:
+        min(U, B) users and min(I, B * (1 + N)) items. On a CPU that was measured.
+        """
+        if self.optimiser != "auto":
+            return self.optimiser == "lazy_adam"
+        drawn = self.negatives.drawn * (
+            -(-self.batch_size // self.negatives.block_size) if self.negatives.is_shared else self.batch_size
+        )
+        touched = min(num_users, self.batch_size) + min(num_items, self.batch_size + drawn)
+        return num_users + num_items >= LAZY_PAYS_FROM * touched
 
 
 def check_together(loss: LossSettings, negatives: NegativeSettings) -> None:

@@ -62,9 +62,7 @@ class Draws(NamedTuple):
     log_free_mass: Array
 
 
-def draws_of(
-    num_negatives: int, num_items: int, key: Key, popularity: Popularity | None = None
-) -> Draws:
+def draws_of(num_negatives: int, num_items: int, key: Key, popularity: Popularity | None = None) -> Draws:
     """What compiled code takes of the settings of the draws."""
     words, table = 1, (empty(np.uint32), empty(np.int32), empty(np.float32), empty(np.float32))
     if popularity is not None:

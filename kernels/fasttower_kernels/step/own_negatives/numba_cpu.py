@@ -29,41 +29,18 @@ from fasttower_kernels.compiled import (
 )
 from fasttower_kernels.losses.numba_cpu import NORMALISED, TILE, accumulate, begin_tile, new_tile, slopes
 from fasttower_kernels.losses.scales_numba_cpu import factors_of, scales_of
-from fasttower_kernels.membership import known_arrays, membership_of, prefetch_bits
+from fasttower_kernels.membership import known_arrays, prefetch_bits
 from fasttower_kernels.negatives.numba_cpu import Draws, count_free, draw_tile, draws_of, redraw_touched
 from fasttower_kernels.negatives.proposal import Negatives
 from fasttower_kernels.philox import Key
 from fasttower_kernels.settings import LossSettings
 from fasttower_kernels.step.own_negatives.hard_numba_cpu import keep_largest
 from fasttower_kernels.step.own_negatives.tile_numba_cpu import gradient_tile, score_tile
+from fasttower_kernels.step.variant_numba_cpu import Variant, variant_of
 from fasttower_kernels.tables import Interactions, Tables
 
 CHUNK = 32
 """Negatives of a positive that are handled together, a multiple of 4."""
-
-
-class Variant(NamedTuple):
-    """What the compiled code is specialised for.
-
-    Attributes:
-        width: P, the padded width of a row.
-        has_bias: whether items have a bias.
-        exclude: whether negatives leave known positives out.
-        exact: whether a bit of the membership is the answer already.
-        has_l2: whether there is an L2 term.
-        similarity: dot or cosine.
-        proposal: uniform or popularity.
-        loss: its name.
-    """
-
-    width: int
-    has_bias: bool
-    exclude: bool
-    exact: bool
-    has_l2: bool
-    similarity: str
-    proposal: str
-    loss: str
 
 
 class Sampling(NamedTuple):
@@ -290,21 +267,6 @@ def add_batch(
                 if last:
                     break
     return total
-
-
-def variant_of(parameters: Tables, negatives: Negatives, loss: LossSettings) -> Variant:
-    """The variant that a step needs."""
-    known = negatives.known_positives
-    return Variant(
-        parameters.users.shape[1],
-        parameters.item_bias is not None,
-        known is not None,
-        known is None or membership_of(known).exact,
-        loss.has_l2,
-        loss.similarity,
-        negatives.settings.proposal,
-        loss.name,
-    )
 
 
 def sampling_of(negatives: Negatives, loss: LossSettings, key: Key) -> Sampling:

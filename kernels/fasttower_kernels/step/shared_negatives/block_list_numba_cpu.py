@@ -99,6 +99,25 @@ def new_list(sampling: Any, width: int) -> Any:
 
 
 @njit(**OPTIONS)
+def draw_items(items: Array, number: int, sampling: Any, step: int) -> None:
+    """Write the drawn items of a block's list to the first M places of ``items``, uint32, and up to 3 more.
+
+    Args:
+        items: (M + 3,) or longer.
+        number: uint64: of the block in the batch.
+        sampling: a `ListSampling`.
+        step: uint32.
+    """
+    for quad in range((sampling.drawn + uint64(3)) >> uint64(2)):
+        w0, w1, w2, w3 = philox4x32(sampling.k0, sampling.k1, uint32(number), uint32(quad), step, uint32(0))
+        m = quad * uint64(4)
+        items[m] = below(w0, sampling.num_items)
+        items[m + uint64(1)] = below(w1, sampling.num_items)
+        items[m + uint64(2)] = below(w2, sampling.num_items)
+        items[m + uint64(3)] = below(w3, sampling.num_items)
+
+
+@njit(**OPTIONS)
 def fill_list(
     block_list: Any, number: int, positives: Array, begin: int, size: int, sampling: Any, step: int
 ) -> int:
@@ -114,13 +133,7 @@ def fill_list(
         step: uint32.
     """
     items = block_list.items
-    for quad in range((sampling.drawn + uint64(3)) >> uint64(2)):
-        w0, w1, w2, w3 = philox4x32(sampling.k0, sampling.k1, uint32(number), uint32(quad), step, uint32(0))
-        m = quad * uint64(4)
-        items[m] = below(w0, sampling.num_items)
-        items[m + uint64(1)] = below(w1, sampling.num_items)
-        items[m + uint64(2)] = below(w2, sampling.num_items)
-        items[m + uint64(3)] = below(w3, sampling.num_items)
+    draw_items(items, number, sampling, step)
     count = sampling.drawn
     if sampling.in_batch:
         for b in range(size):

@@ -48,6 +48,7 @@ from fasttower_kernels.step.shared_negatives.block_list_numba_cpu import (
     set_offsets,
 )
 from fasttower_kernels.step.shared_negatives.tile_matmul_numba_cpu import add_product
+from fasttower_kernels.step.variant_numba_cpu import Variant, variant_of
 from fasttower_kernels.tables import Interactions, Tables
 from fasttower_kernels.vector_rows import (
     add_scaled,
@@ -66,26 +67,6 @@ CHUNK = 1024
 
 _NEAR = 64
 """Items whose slopes and vectors are taken together from the L1 cache for the users' gradients."""
-
-
-class Variant(NamedTuple):
-    """What the compiled code is specialised for.
-
-    Attributes:
-        width: P, the padded width of a row.
-        has_bias: whether items have a bias.
-        exclude: whether negatives leave known positives out.
-        has_l2: whether there is an L2 term.
-        cosine: whether vectors are normalised.
-        loss: its name.
-    """
-
-    width: int
-    has_bias: bool
-    exclude: bool
-    has_l2: bool
-    cosine: bool
-    loss: str
 
 
 class Similarity(NamedTuple):
@@ -454,18 +435,6 @@ def add_shared_batch(
     return total
 
 
-def variant_of(parameters: Tables, negatives: Negatives, loss: LossSettings) -> Variant:
-    """The variant that a step needs."""
-    return Variant(
-        parameters.users.shape[1],
-        parameters.item_bias is not None,
-        negatives.known_positives is not None,
-        loss.has_l2,
-        loss.is_cosine,
-        loss.name,
-    )
-
-
 def sampling_of(negatives: Negatives, key: Key) -> ListSampling:
     """What compiled code takes of the settings of the lists."""
     settings = negatives.settings
@@ -499,8 +468,8 @@ def known_rows(known_positives: KnownPositives | None) -> tuple[Array, Array]:
 
 @lru_cache
 def _compiled(variant: Variant, gathered: bool, sources: int = SOURCES) -> Any:
-    width, has_bias, exclude, has_l2, cosine, loss = variant
-    normalised = loss in NORMALISED
+    width, has_bias, exclude, _, has_l2, similarity_name, _, loss = variant
+    cosine, normalised = similarity_name == "cosine", loss in NORMALISED
 
     def run(
         parameters: Any,
