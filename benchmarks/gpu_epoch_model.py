@@ -68,10 +68,10 @@ class Program(NamedTuple):
 # Six trips outside of the negatives: counters, batch, bounds of the known positives, vectors, bias, gradient.
 # For each four negatives the bitmap, then vector and bias of one after another, or of all together.
 SERIAL_STEP = Program(92, 433 + QUADS * 559 + 33, 6 + QUADS * (1 + 4 * 2))
-STEP = Program(120, 433 + QUADS * 559 + 33, 6 + QUADS * (1 + 1))
+STEP = Program(117, 443 + QUADS * 509 + 30, 6 + QUADS * (1 + 1))
 # Lazy Adam: two users and their positives; up to four negatives of two positives, drawn again; two users.
 SERIAL_POSITIVES, SERIAL_NEGATIVES = Program(96, 1_000, 6, 2), Program(96, 1_860, 8, 3)
-POSITIVES, NEGATIVES, USERS = Program(114, 1_830, 7, 2), Program(114, 3_300, 11, 3), Program(84, 900, 4, 1)
+POSITIVES, NEGATIVES, USERS = Program(114, 1_930, 7, 2), Program(114, 3_830, 11, 3), Program(84, 800, 4, 1)
 USER_TERM, ITEM_TERM = 63, 97  # instructions of a serial replay per missed step; an item has a bias
 
 

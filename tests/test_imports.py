@@ -1,5 +1,7 @@
-"""What each part may import, checked where the rest is not to be had."""
+"""What each part may import: read from its files, and tried where the rest cannot be imported."""
 
+import ast
+import graphlib
 import os
 import subprocess
 import sys
@@ -27,6 +29,12 @@ NOT_FOR_TRAINING = [
 BLOCK = """
 import sys
 sys.modules.update(dict.fromkeys({blocked!r}))
+"""
+
+IMPORT_ALL = """
+import importlib, pkgutil, {package}
+for module in pkgutil.walk_packages({package}.__path__, "{package}."):
+    importlib.import_module(module.name)
 """
 
 TRAIN_AND_RETRIEVE = """
@@ -65,7 +73,7 @@ def test_training_and_kernels_need_torch_and_numpy_alone():
 
 
 def test_data_needs_no_torch():
-    done = run(["torch"], "import fasttower.data.preparation, fasttower.data.synthetic")
+    done = run(["torch"], IMPORT_ALL.format(package="fasttower.data"))
     assert done.returncode == 0, done.stderr
 
 
@@ -75,12 +83,7 @@ def test_synthetic_needs_numpy_alone():
 
 
 def test_kernels_do_not_know_fasttower():
-    program = """
-    import importlib, pkgutil, fasttower_kernels
-    for module in pkgutil.walk_packages(fasttower_kernels.__path__, "fasttower_kernels."):
-        importlib.import_module(module.name)
-    """
-    done = run(["fasttower", *NOT_FOR_TRAINING], program)
+    done = run(["fasttower", *NOT_FOR_TRAINING], IMPORT_ALL.format(package="fasttower_kernels"))
     assert done.returncode == 0, done.stderr
 
 
@@ -92,3 +95,56 @@ def test_import_fasttower_is_light(module):
 
 def test_the_block_blocks():
     assert "ModuleNotFoundError" in run(["polars"], "import polars").stderr
+
+
+def imports(folder):
+    """For each module of a package, by name, the modules that its file imports.
+
+    All imports count: those for type checkers and those in functions too. One of a name is one of its module;
+    of a module outside the package, the name as it is written. That a module's own packages run first is not
+    counted.
+    """
+    files = {}
+    for path in folder.rglob("*.py"):
+        parts = path.relative_to(folder.parent).with_suffix("").parts
+        files[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    graph = {}
+    for module, path in files.items():
+        named = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                named.update(alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{module} has a relative import"
+                names = {f"{node.module}.{alias.name}" for alias in node.names}
+                named.update(name if name in files else node.module for name in names)
+        graph[module] = named
+    return graph
+
+
+@pytest.mark.parametrize("folder", ["fasttower", "kernels/fasttower_kernels"])
+def test_no_module_imports_itself_by_way_of_others(folder):
+    # Raises CycleError, which names the circle.
+    graphlib.TopologicalSorter(imports(ROOT / folder)).prepare()
+
+
+def test_no_file_of_the_kernels_names_fasttower_and_none_of_the_data_names_torch():
+    kernels = imports(ROOT / "kernels/fasttower_kernels")
+    assert not [
+        name for name, named in kernels.items() if {n.partition(".")[0] for n in named} & {"fasttower"}
+    ]
+    data = {name: named for name, named in imports(ROOT / "fasttower").items() if ".data" in name}
+    assert "fasttower.data.readers" in data
+    assert not [name for name, named in data.items() if {n.partition(".")[0] for n in named} & {"torch"}]
+
+
+@pytest.mark.parametrize(
+    "upper",
+    ["from package import lower", "def f():\n    import package.lower", "from package.lower import X"],
+)
+def test_a_circle_is_seen_however_it_is_imported(tmp_path, upper):
+    (tmp_path / "package").mkdir()
+    for name, text in {"__init__": "", "upper": upper, "lower": "import package.upper\nX = 1"}.items():
+        (tmp_path / "package" / f"{name}.py").write_text(text)
+    with pytest.raises(graphlib.CycleError, match=r"package\.lower"):
+        graphlib.TopologicalSorter(imports(tmp_path / "package")).prepare()

@@ -99,6 +99,46 @@ def test_files_that_do_not_belong_together(run, tmp_path, damage, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("number", [0, "2", True, 1.5, None])
+def test_a_format_that_is_no_number_from_one_on(run, tmp_path, number):
+    run.save(tmp_path / "run")
+    change_json("config.json", format=number)(tmp_path / "run")
+    with pytest.raises(FastTowerError, match=f"damaged run: config.json says that its format is {number!r}"):
+        fasttower.load_run(tmp_path / "run")
+
+
+def test_a_newer_format_is_refused_by_name_whatever_else_is_new(run, tmp_path):
+    run.save(tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["format"] == 2
+    change_json("config.json", format=3, a_new_setting=1)(tmp_path / "run")
+    (tmp_path / "run" / "metrics.json").unlink()
+    with pytest.raises(FastTowerError) as error:
+        fasttower.load_run(tmp_path / "run")
+    assert str(error.value) == (
+        f"{tmp_path / 'run'} was written in format 3 by a newer fasttower; this one reads up to 2; update"
+        " fasttower."
+    )
+
+
+def as_in_format_1(folder):
+    """Change a run's files to those of format 1, which has no number and calls the score a rating."""
+    config = json.loads((folder / "config.json").read_text())
+    del config["format"]
+    (folder / "config.json").write_text(json.dumps(config))
+    change_frame("recommendations.parquet", lambda frame: frame.rename({"score": "rating"}))(folder)
+
+
+def test_a_run_of_format_1_is_read_as_it_was_and_written_in_the_format_of_today(run, tmp_path):
+    run.save(tmp_path / "old")
+    as_in_format_1(tmp_path / "old")
+    read = fasttower.load_run(tmp_path / "old")
+    assert read.recommendations.equals(run.recommendations)
+    read.save(tmp_path / "new")
+    run.save(tmp_path / "expected")
+    for file in (tmp_path / "expected").iterdir():
+        assert (tmp_path / "new" / file.name).read_bytes() == file.read_bytes()
+
+
 def test_what_is_missing_is_named(run, tmp_path):
     run.save(tmp_path / "run")
     (tmp_path / "run" / KNOWN).unlink()

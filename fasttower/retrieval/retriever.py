@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from functools import cached_property
 
 import numpy as np
@@ -140,12 +141,13 @@ class Retriever:
         if memory_budget_bytes is not None:
             memory_budget_bytes = whole_number("memory_budget_bytes", memory_budget_bytes)
         block = max(1, _BLOCK_SLOTS // k)
-        blocks = [slice(begin, begin + block) for begin in range(0, max(1, len(vectors)), block)]
+        begins = range(0, max(1, len(vectors)), block)
         # The stream and the device are the caller's, also in a thread, which would have others.
         stream = torch.cuda.current_stream(vectors.device) if vectors.is_cuda else None
 
-        def search(rows: slice) -> TopK:
-            with torch.cuda.stream(stream):
+        def search(begin: int) -> TopK:
+            rows = slice(begin, begin + block)
+            with nullcontext() if stream is None else torch.cuda.stream(stream):
                 topk = self._search(
                     vectors[rows],
                     k=k,
@@ -157,8 +159,8 @@ class Retriever:
                 )
                 return TopK(topk.items.cpu(), topk.scores.cpu())
 
-        for rows, topk in zip(blocks, _mapping(vectors.device)(search, blocks), strict=True):
-            yield recommendation_frame(ids[rows], topk, self.items)
+        for begin, topk in zip(begins, _mapping(vectors.device)(search, begins), strict=True):
+            yield recommendation_frame(ids.slice(begin, block), topk, self.items)
 
     @torch.no_grad()
     def score(self, users: np.ndarray, items: np.ndarray) -> np.ndarray:
@@ -178,7 +180,7 @@ class Retriever:
         return torch.from_numpy(index.astype(np.int64)).to(self._device)
 
 
-def _mapping(device: torch.device) -> Callable[[Callable[[slice], TopK], Iterable[slice]], Iterable[TopK]]:
+def _mapping(device: torch.device) -> Callable[[Callable[[int], TopK], Iterable[int]], Iterable[TopK]]:
     """How a search is applied to blocks: on a CPU one after another, for the cores are busy as it is."""
     return one_ahead if device.type == "cuda" else map
 
