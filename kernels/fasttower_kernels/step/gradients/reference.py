@@ -85,10 +85,9 @@ def loss_sum(
     """The sum of the values of a batch, without L2, float64: what the validation loss is made of."""
     total = torch.zeros((), dtype=torch.float64, device=parameters.users.device)
     size = max(1, _ROWS_AT_A_TIME // negatives.settings.block_size) * negatives.settings.block_size
-    for begin in range(0, len(batch), size):
-        part = Interactions(batch.user_index[begin : begin + size], batch.item_index[begin : begin + size])
+    for first, part in batch.parts(size):
         vectors = parameters.users[part.user_index.long()], parameters.items, parameters.item_bias
-        total += batch_loss(*vectors, part, negatives, loss, key=key, step=step, first_position=begin)[1]
+        total += batch_loss(*vectors, part, negatives, loss, key=key, step=step, first_position=first)[1]
     return total
 
 
