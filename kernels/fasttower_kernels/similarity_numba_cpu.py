@@ -1,6 +1,7 @@
 """Reading a vector with cosine similarity, and a gradient's way back through the norm, compiled.
 
-With r = 1 / max(|v|, LEAST_NORM) a vector is read as ``v r / t``, t the temperature for users and 1 for items.
+With r = 1 / max(|v|, LEAST_NORM) a vector is read as ``v r / t``, where t is the users' temperature
+and 1 for items.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ _LARGEST_INVERSE = float32(1 / LEAST_NORM)
 @njit(fastmath=FAST, **OPTIONS)
 def inverse_norm(vector: Row) -> float:
     """1 / max(|v|, LEAST_NORM), float32."""
-    square = np.float64(dot(vector, vector))  # a float32 has no room for the square of LEAST_NORM's neighbours
+    square = np.float64(
+        dot(vector, vector)
+    )  # a float32 has no room for the square of LEAST_NORM's neighbours
     return float32(1 / np.sqrt(square)) if square > _LEAST_SQUARE else _LARGEST_INVERSE
 
 

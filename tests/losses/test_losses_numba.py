@@ -1,7 +1,5 @@
 """The compiled losses, a tile at a time, against float64 autograd of the plain ones."""
 
-import subprocess
-import sys
 from functools import lru_cache
 
 import numpy as np
@@ -67,7 +65,10 @@ def test_values_and_slopes(loss, count, chunk):
     compiled(loss)(logits, chunk, weight, beta, values, out)
 
     counted = torch.from_numpy(logits[1:].T) > -torch.inf
-    leaves = [torch.from_numpy(part).double().requires_grad_() for part in (logits[0], np.maximum(logits[1:].T, -99))]
+    leaves = [
+        torch.from_numpy(part).double().requires_grad_()
+        for part in (logits[0], np.maximum(logits[1:].T, -99))
+    ]
     scores = Scores(*leaves, counted, torch.zeros(()), torch.from_numpy(beta).double())
     right = loss_values(scores, LossSettings(loss))
     torch.testing.assert_close(torch.from_numpy(values), right.detach(), rtol=1e-5, atol=1e-6)

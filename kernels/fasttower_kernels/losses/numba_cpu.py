@@ -29,7 +29,7 @@ NORMALISED = frozenset({"softmax"})
 
 
 def accumulate(loss: str, x: Array, end: int, tile: LossTile) -> None:
-    """Add rows 1 .. end - 1 to ``tile.maximum`` and ``tile.total``; nothing where the loss isn't normalised."""
+    """Add rows 1 .. end - 1 to ``tile.maximum`` and ``tile.total``; nothing if the loss isn't normalised."""
     raise NotImplementedError  # compiled code only
 
 
