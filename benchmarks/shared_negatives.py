@@ -129,8 +129,8 @@ def main() -> None:
     known, dim = data.known_positives(), arguments.dim
     print(
         f"{platform.machine()}, torch {torch.__version__}, numba {numba.__version__}, 1 thread; "
-        f"{data.num_users} users, {data.num_items} items, {len(data.interactions)} positives; dim {dim}, batch "
-        f"{BATCH}; CPU time, best of {arguments.repeats}"
+        f"{data.num_users} users, {data.num_items} items, {len(data.interactions)} positives; dim {dim}, "
+        f"batch {BATCH}; CPU time, best of {arguments.repeats}"
     )
     for length in LENGTHS:
         ways = {"own 10": own_way(dim, data, known)}

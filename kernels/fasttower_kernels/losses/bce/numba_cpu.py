@@ -10,7 +10,7 @@ from fasttower_kernels.losses.tile_numba_cpu import TILE, softplus_rows
 
 @njit(fastmath=FAST, **OPTIONS)
 def slopes(x: Array, end: int, last: bool, tile: Any) -> None:
-    """See `losses.numba_cpu.slopes`. The positive's term is softplus(-x+), swept along with the negatives'."""
+    """See `losses.numba_cpu.slopes`. The positive's term, softplus(-x+), is swept with the others."""
     begin = uint64(0) if last else uint64(1)
     if last:
         for w in range(uint64(TILE)):

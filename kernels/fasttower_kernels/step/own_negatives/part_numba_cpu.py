@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fasttower_kernels.compiled import OPTIONS, Array, njit, uint32, uint64
+from fasttower_kernels.compiled import OPTIONS, Array, njit, uint64
 from fasttower_kernels.losses.numba_cpu import TILE
 from fasttower_kernels.membership import known_arrays
 from fasttower_kernels.negatives.numba_cpu import count_free, draw_tile, redraw_touched

@@ -1,4 +1,4 @@
-"""The list that a block of positives is scored against: its items, their vectors as read, and their gradients.
+"""The list that a block of positives is scored against: items, their vectors as read, and their gradients.
 
 Vectors are gathered once for a block, and gradients leave the block once, so that the tiles of the block work
 on rows that lie together. The positives' own vectors follow those of the list, where the list does not hold
@@ -52,13 +52,13 @@ class BlockList(NamedTuple):
         items: (R,), uint32: those of the list, then, unless they are in it, those of the positives.
         vectors: (R * P,), float32, as read.
         inverse: (R,), float32: of each vector's norm, with cosine similarity.
-        offset: (R,), float32: what is added to the logits of a negative: bias, less log q where the loss asks.
+        offset: (R,), float32: what is added to a negative's logits: bias, less log q if the loss asks.
         gradients: (R * P,), float32, of ``vectors``.
         bias_gradients: (R,), float32.
         counts: (R,), uint32: terms that the item has in the L2 term.
         first_row: (R,), uint32: of the rows with the same item, the first one.
-        masked: (R,), uint64: bit w of a first row is on where positive w of a tile must not have the item as a
-            negative.
+        masked: (R,), uint64: bit w of a first row is on where the item must not be a negative of the tile's
+            positive w.
         hits: (R,), uint32, scratch.
     """
 

@@ -10,13 +10,12 @@ from fasttower_kernels.compiled import OPTIONS, Array, njit, uint64
 from fasttower_kernels.negatives.proposal import Negatives
 from fasttower_kernels.philox import Key
 from fasttower_kernels.settings import LossSettings
+from fasttower_kernels.step.shared_negatives.batch_numba_cpu import Lists, LossConstants, add_shared_batch
 from fasttower_kernels.step.shared_negatives.block_list_numba_cpu import ListSampling, draw_items
 from fasttower_kernels.step.shared_negatives.numba_cpu import (
-    Similarity,
-    add_shared_batch,
+    constants_of,
     known_rows,
     sampling_of,
-    similarity_of,
 )
 
 
@@ -26,14 +25,14 @@ class Inputs(NamedTuple):
     Attributes:
         known: indptr and items of the known positives.
         sampling: of the lists.
-        similarity: of the logits.
+        constants: of the loss.
         flags: (T, I), uint8, zero: a row of scratch for each thread.
         heads: (T, I), uint32, likewise.
     """
 
     known: tuple[Array, Array]
     sampling: ListSampling
-    similarity: Similarity
+    constants: LossConstants
     flags: Array
     heads: Array
 
@@ -43,7 +42,7 @@ def inputs_of(negatives: Negatives, loss: LossSettings, key: Key, threads: int) 
     return Inputs(
         known_rows(negatives.known_positives),
         sampling_of(negatives, key),
-        similarity_of(negatives, loss),
+        constants_of(negatives, loss),
         np.zeros((threads, negatives.num_items), dtype=np.uint8),
         np.empty((threads, negatives.num_items), dtype=np.uint32),
     )
@@ -77,14 +76,10 @@ def add_part(
         gradients,
         part,
         count,
-        positives,
-        batch_size,
-        uint64(0),
+        Lists(positives, batch_size, uint64(0), inputs.flags[thread], inputs.heads[thread]),
         inputs.known,
-        inputs.flags[thread],
-        inputs.heads[thread],
         inputs.sampling,
-        inputs.similarity,
+        inputs.constants,
         step,
         scales,
         width,

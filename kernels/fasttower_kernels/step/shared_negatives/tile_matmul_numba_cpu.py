@@ -30,7 +30,7 @@ _FAST = ("contract", "nsz")
 
 
 def _blocking(features: str, columns: int) -> tuple[int, int]:
-    """Rows and lanes that are summed up together, by the features of the CPU and the columns of the result."""
+    """Rows and lanes that are summed up together, by the CPU's features and the result's columns."""
     wide = "+avx512f" in features
     lanes = min(columns, 64 if wide else 16)
     accumulators = 64 * 4 if wide else 16 * 4  # numbers in flight: half of the registers or somewhat less
@@ -58,6 +58,7 @@ def add_product(
     """``C += A B`` for flat float32 arrays; A may be transposed.
 
     Args:
+        typingctx: numba's.
         c: rows of ``columns`` elements; the result is from row ``c_row`` on.
         c_row: uint64.
         a: A[i, t] is ``a[a_begin + i * a_row + t * a_inner]``.
