@@ -26,6 +26,10 @@ from fasttower_kernels.step.shared_negatives.user_tile_numba_cpu import (
     score_chunk,
     score_positives,
 )
+from fasttower_kernels.vector_rows import prefetch
+
+_FETCHED = 1024
+"""Known positives of a user that are fetched ahead at most; those after them come by themselves."""
 
 
 class Lists(NamedTuple):
@@ -119,7 +123,7 @@ def _begin_positives(
     users: Array,
     first: int,
     here: int,
-    indptr: Array,
+    known: Any,
     sampling: Any,
     weight: float,
     workspace: Any,
@@ -127,9 +131,15 @@ def _begin_positives(
 ) -> int:
     """Weigh a tile's positives and find their rows; returns the bits (uint64) of those that count."""
     tile, state = workspace.tile, workspace.state
+    indptr, rows = known
     active = uint64(0)
     for w in range(uint64(TILE)):
         state.weight[w] = float32(0)
+        if exclude:  # fetch where the next tile's known positives begin
+            upcoming = uint64(users[first + uint64(TILE) + w])
+            begin, end = uint64(indptr[upcoming]), uint64(indptr[upcoming + uint64(1)])
+            for p in range(begin, min(end, begin + uint64(_FETCHED)), uint64(16)):
+                prefetch(rows, p, 1)
     for w in range(here):
         at = first + w
         offset = uint64(positions[at]) - block.begin if sampling.in_batch else at - block.start
@@ -172,7 +182,7 @@ def _sweep_list(
                     if state.weight[w] != float32(0):
                         total += state.value[w]
                 if with_gradients:
-                    add_chunk_gradients(tile, active, block_list, first, chunk, width, has_bias, has_l2)
+                    add_chunk_gradients(tile, active, here, block_list, first, chunk, width, has_bias, has_l2)
             first += chunk
             if last:
                 break
@@ -259,7 +269,7 @@ def add_shared_batch(
         for first in range(start, end, uint64(TILE)):
             here = min(uint64(TILE), end - first)
             active = _begin_positives(
-                block, positions, users, first, here, known[0], sampling, scales.weight, workspace, exclude
+                block, positions, users, first, here, known, sampling, scales.weight, workspace, exclude
             )
             read_users(tile, user_table, rows, first, here, constants.temperature, width, cosine)
             score_positives(tile, items, first, here, block_list, parameters[2], width, has_bias)

@@ -146,6 +146,7 @@ def score_chunk(tile: Any, block_list: Any, first: int, count: int, width: int) 
 def add_chunk_gradients(
     tile: Any,
     active: int,
+    here: int,
     block_list: Any,
     first: int,
     count: int,
@@ -158,6 +159,7 @@ def add_chunk_gradients(
     Args:
         tile: a `UserTile`.
         active: uint64: bit w is on where positive w counts.
+        here: uint64: positives in the tile.
         block_list: a `BlockList`.
         first: uint64: where the chunk begins in the list.
         count: uint64.
@@ -176,7 +178,7 @@ def add_chunk_gradients(
         tile.vectors,
         uint64(0),
         group_up(count),
-        size,
+        here,
         width,
     )
     for near in range(uint64(0), count, uint64(_NEAR)):
@@ -189,7 +191,7 @@ def add_chunk_gradients(
             size,
             block_list.vectors,
             first + near,
-            size,
+            group_up(here),
             min(uint64(_NEAR), count - near),
             width,
         )
