@@ -58,7 +58,7 @@ def run(arguments: Sequence[str]) -> int:
     if flags.version:
         sys.stdout.write(f"fasttower {__version__}\n")
         return 0
-        from fasttower.pipeline import fit  # noqa: PLC0415 - after the flags are known to be good: it imports torch
+    from fasttower.pipeline import fit  # noqa: PLC0415 - after the flags are known to be good: it imports torch
     from fasttower.report import ConsoleObserver  # noqa: PLC0415
     from fasttower.run.directory import write_run  # noqa: PLC0415
     from fasttower.run.new_directory import reserved  # noqa: PLC0415
