@@ -23,7 +23,7 @@ from fasttower_kernels.sampled_bce import triton_gpu as bce_triton
 from fasttower_kernels.shuffle import triton_gpu as shuffle_triton
 from fasttower_kernels.train_steps import steps_per_epoch
 
-SHAPE = Shape(users=301, items=499, ratings=2_003, min_ratings=1)
+SHAPE = Shape(users=499, items=301, ratings=2_003, min_ratings=1)
 BATCH_SIZE = 199
 DIMS = (64, 13)
 KEY = seed_key(7)
