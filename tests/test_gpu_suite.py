@@ -230,6 +230,7 @@ def is_running(process):
         return False
 
 
+@pytest.mark.slow
 def test_tests_that_are_stopped_leave_their_results(tmp_path):
     (tmp_path / "test_some.py").write_text(
         "import time\ndef test_quick(): pass\ndef test_other(): pass\ndef test_slow(): time.sleep(60)\n"
@@ -246,7 +247,6 @@ def test_tests_that_are_stopped_leave_their_results(tmp_path):
         os.devnull,
         f"--junitxml={xml}",
     ]
-    pytest.importorskip("xdist")
     suite.run_stages([suite.Stage("tests", command, 8)], tmp_path / "results")
     assert xml.exists(), (tmp_path / "results" / suite.LOG).read_text()
     assert 'name="test_quick"' in xml.read_text()

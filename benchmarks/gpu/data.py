@@ -33,6 +33,10 @@ class Positives:
     interactions: Interactions
     known: KnownPositives
 
+    def to(self, device: torch.device) -> Positives:
+        """The same positives on another device."""
+        return Positives(self.name, self.interactions.to(device), self.known.to(device))
+
     def start_tables(self, dim: int) -> Tables:
         """New tables: normal with standard deviation 0.1 / sqrt(D), no padding, bias 0."""
         device = self.known.items.device

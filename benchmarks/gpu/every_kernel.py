@@ -66,7 +66,7 @@ def single_kernels(positives: Positives) -> None:
 
 
 def main() -> None:
-    positives = draw_shape("small", SHAPE, torch.device("cuda"))
+    positives = draw_shape("small", SHAPE, torch.device("cpu")).to(torch.device("cuda"))
     steps = steps_per_epoch(len(positives.interactions), BATCH_SIZE)
     for dim in DIMS:
         for case in step_cases():

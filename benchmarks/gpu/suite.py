@@ -57,12 +57,13 @@ def stages(folder: Path, python: str) -> list[Stage]:
     tests = ["tests/gpu", "-n", "8", "-vv", "-p", "no:cacheprovider", f"--junitxml={folder / 'tests.xml'}"]
     counters = ["SpeedOfLight", "MemoryWorkloadAnalysis", "LaunchStats", "Occupancy", "WarpStateStats"]
     watch = ["ncu", "--csv", "--log-file", str(folder / "ncu.csv"), "--clock-control", "none"]
-    watch += ["--profile-from-start", "off", *(word for name in counters for word in ("--section", name))]
+    watch += ["--target-processes", "all", "--profile-from-start", "off"]
+    watch += [*(word for name in counters for word in ("--section", name))]
     return [
         Stage("tests", [python, "-m", "pytest", *tests], 100),
         Stage("step", module("step"), 125),
         Stage("kernels", module("kernels"), 40),
-        Stage("ncu", [*watch, python, "-m", "benchmarks.gpu.kernels", "--launched"], 45),
+        Stage("ncu", [*watch, python, "-m", "benchmarks.gpu.kernels", "--launched"], 60),
         Stage("sanitizer", module("sanitizer"), 80),
         Stage("training", module("training"), 60),
         Stage("top_k", module("top_k"), 25),

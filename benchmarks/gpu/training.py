@@ -161,20 +161,20 @@ def compare_backends(
     """Train with a backend of a device and with numba, and compare."""
     ways = Comparison(results, split, config)
     ours = ways.train(backend, device, backend=backend)
-    numba = ways.train("numba", "cpu", backend="numba")
-    ways.compare(f"{backend} and numba", ours, numba)
-    twice = [
+    deterministic = [
         ways.train(f"{backend} deterministic", device, backend=backend, deterministic=True) for _ in range(2)
     ]
-    ways.compare(f"{backend} deterministic, twice", *twice, bit_for_bit=True)
-    ways.compare(f"{backend} deterministic and numba", twice[0], numba)
-    ways.train(f"{backend} bfloat16", device, backend=backend, table_dtype="bfloat16")
-    for optimiser in ("adam", "lazy_adam"):
-        ways.train(f"{backend} {optimiser}", device, backend=backend, optimiser=optimiser)
+    ways.compare(f"{backend} deterministic, twice", *deterministic, bit_for_bit=True)
     chosen = ways.train(backend, device, validated=True, backend=backend)
+    numba = ways.train("numba", "cpu", backend="numba")
+    ways.compare(f"{backend} and numba", ours, numba)
+    ways.compare(f"{backend} deterministic and numba", deterministic[0], numba)
     chosen_by_numba = ways.train("numba", "cpu", validated=True, backend="numba")
     if chosen.best_epoch == chosen_by_numba.best_epoch:
         ways.compare(f"{backend} and numba, validated", chosen, chosen_by_numba)
+    ways.train(f"{backend} bfloat16", device, backend=backend, table_dtype="bfloat16")
+    for optimiser in ("adam", "lazy_adam"):
+        ways.train(f"{backend} {optimiser}", device, backend=backend, optimiser=optimiser)
 
 
 def main() -> int:
