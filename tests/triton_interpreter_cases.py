@@ -100,7 +100,7 @@ def large_programs(monkeypatch):
         monkeypatch.setitem(triton_tiles.TILES, block, triton_tiles.Tile(32, 1))
 
 
-def known_positives(search=False):
+def known_positives():
     """User 0 has touched everything, 1 all but one item, 2 nothing, the others some."""
     generator = torch.Generator().manual_seed(2)
     degrees = [NUM_ITEMS, NUM_ITEMS - 1, 0, 60, 35, 20, 7, 1, 1][:NUM_USERS]
@@ -110,11 +110,14 @@ def known_positives(search=False):
         for item in torch.randperm(NUM_ITEMS, generator=generator)[:degree].tolist()
     ]
     index = torch.tensor(rows, dtype=torch.int32)
-    known = KnownPositives.from_pairs(index[:, 0], index[:, 1], NUM_USERS, NUM_ITEMS)
-    if search:
-        exclusion = negatives_triton.Exclusion(known.indptr, known.items, None)
-        negatives_triton._exclusions[id(known)] = exclusion
-    return known
+    return KnownPositives.from_pairs(index[:, 0], index[:, 1], NUM_USERS, NUM_ITEMS)
+
+
+def excluded(way, monkeypatch):
+    """Known positives that the test's negatives leave out in a way: "bitmap", "search", or None for not."""
+    if way == "search":
+        monkeypatch.setattr(negatives_triton, "BITMAP_LIMIT_BYTES", 0)
+    return known_positives() if way else None
 
 
 def make_tables(dim, *, num_users=NUM_USERS, num_items=NUM_ITEMS, bias=True):
@@ -193,9 +196,11 @@ def test_negatives_known_answers():
     ]
 
 
-@pytest.mark.parametrize("search", [False, True])
-def test_negatives(search):
-    known, num_negatives = known_positives(search), 6
+@pytest.mark.parametrize("exclude", ["bitmap", "search"])
+def test_negatives(monkeypatch, exclude):
+    known, num_negatives = excluded(exclude, monkeypatch), 6
+    searched = negatives_triton.exclusion_arguments(known)["bitmap_ptr"] is None
+    assert searched == (exclude == "search")
     users = torch.arange(27, dtype=torch.int32) % NUM_USERS
     draw = {"key": KEY, "step": 2**32 - 1, "known_positives": known, "first_position": 11}
     negatives = negatives_triton.sample_negatives(users, num_negatives, NUM_ITEMS, **draw)
@@ -227,9 +232,9 @@ def test_negatives_of_the_largest_catalogue():
     ],
 )
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_gradients(guarded, dim, num_negatives, size, exclude, settings, bias, deterministic):
+def test_gradients(guarded, monkeypatch, dim, num_negatives, size, exclude, settings, bias, deterministic):
     torch.use_deterministic_algorithms(deterministic)
-    known = known_positives(exclude == "search") if exclude else None
+    known = excluded(exclude, monkeypatch)
     settings = LossSettings(num_negatives, **settings)
     check_gradients(guarded, make_tables(dim, bias=bias), make_batch(size), known, settings)
 
@@ -598,9 +603,9 @@ def test_many_lazy_steps(guarded):
 @pytest.mark.parametrize("dim", [2, 64, 100, 128, 256, 512])
 @pytest.mark.parametrize("exclude", [None, "bitmap", "search"])
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_gradients_of_more_dims(guarded, dim, exclude, deterministic):
+def test_gradients_of_more_dims(guarded, monkeypatch, dim, exclude, deterministic):
     torch.use_deterministic_algorithms(deterministic)
-    known = known_positives(exclude == "search") if exclude else None
+    known = excluded(exclude, monkeypatch)
     check_gradients(guarded, make_tables(dim), make_batch(37), known, LossSettings(10, 0.2))
 
 
