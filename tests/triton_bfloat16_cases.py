@@ -20,6 +20,7 @@ from triton_interpreter_cases import (
     lazy_example,
     make_batch,
     make_tables,
+    plan_of,
 )
 
 from fasttower_kernels import triton_tiles
@@ -88,7 +89,7 @@ def in_float64(state):
 
 def check_copies(state):
     """The tables that the loss reads are the masters, rounded."""
-    plan = steps_triton._plans[id(state)]
+    plan = plan_of(state)
     assert plan.read.users.equal(state.parameters.users.bfloat16())
     assert plan.read.items.equal(state.parameters.items.bfloat16())
     assert plan.read.item_bias is state.parameters.item_bias
@@ -169,7 +170,7 @@ def test_updates_too_small_for_bfloat16_add_up(optimiser):
     assert float(moved.max()) < 4e-5
     torch.testing.assert_close(state.parameters.users.double(), oracle.parameters.users, rtol=0, atol=5e-7)
     check_copies(state)
-    assert bool((steps_triton._plans[id(state)].read.users == 1).all())
+    assert bool((plan_of(state).read.users == 1).all())
 
 
 @pytest.mark.usefixtures("large_programs")
@@ -177,11 +178,11 @@ def test_float32_has_no_copies():
     state = TrainState.start(make_tables(4))
     for settings in (BFLOAT16, SETTINGS):
         steps_triton.run_steps(state, make_batch(5), None, settings, first_step=0, num_steps=1)
-    plan = steps_triton._plans[id(state)]
+    plan = plan_of(state)
     assert plan.rounded is None
     assert plan.bce.arguments["users_ptr"] is state.parameters.users
     assert plan.bce.arguments["items_ptr"] is state.parameters.items
-    assert plan.adam.arguments["rounded_users_ptr"] is plan.adam.arguments["rounded_items_ptr"] is None
+    assert plan.update.arguments["rounded_users_ptr"] is plan.update.arguments["rounded_items_ptr"] is None
 
 
 def test_room():

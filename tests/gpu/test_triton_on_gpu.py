@@ -212,7 +212,9 @@ def test_bfloat16_tables(optimiser, dim, deterministic):
     settings = StepSettings(LossSettings(5, 0.01), 0.01, 64, 2**40 + 1, optimiser, "bfloat16")
     state = TrainState.start(make_tables(dim))
     for step in (0, 1):
-        oracle = TrainState(*(doubled(t) for t in vars(state).values()))
+        oracle = TrainState(
+            *(doubled(t) for t in (state.parameters, state.gradients, state.moments_1, state.moments_2))
+        )
         torch.use_deterministic_algorithms(deterministic)
         bce = steps_triton.run_steps(state, interactions, known, settings, first_step=step, num_steps=1)
         torch.use_deterministic_algorithms(False)
@@ -223,7 +225,7 @@ def test_bfloat16_tables(optimiser, dim, deterministic):
             assert error(result, expected) < 5e-6
     torch.use_deterministic_algorithms(deterministic)
     steps_triton.run_steps(state, interactions, known, settings, first_step=2, num_steps=98)
-    plan = steps_triton._plans[id(state)]
+    plan = state.prepared[steps_triton.__name__]
     for table, copy in ((state.parameters.users, plan.read.users), (state.parameters.items, plan.read.items)):
         assert table.isfinite().all()
         assert copy.equal(table.bfloat16())
