@@ -30,7 +30,7 @@ from fasttower_kernels.known_positives import KnownPositives
 from fasttower_kernels.negatives import triton_gpu as negatives
 from fasttower_kernels.sampled_bce.settings import LossSettings
 from fasttower_kernels.sampled_bce.triton_gpu import Output, PairBuffers, bce_launch
-from fasttower_kernels.sampled_bce.triton_segments import segments_launch
+from fasttower_kernels.sampled_bce.triton_segments import segments_launches
 from fasttower_kernels.tables import Interactions, Tables, padded
 from fasttower_kernels.train_steps.lazy_triton_gpu import LazyLaunches, lazy_launches
 from fasttower_kernels.train_steps.state import LazyTables, TrainState
@@ -133,6 +133,19 @@ def launches_of(dim: int, lanes: int, table_dtype: torch.dtype) -> dict[str, Lau
         return lazy_launches(state, bce, rates, LazyTables(users, items), rounded=rounded, lanes=lanes)
 
     lazy = lazy_of(with_bitmap)
+    segments, partials = segments_launches(
+        pairs.items,
+        pairs.items.long(),
+        coefficients=pairs.coefficients,
+        terms=1,
+        others=pairs.users,
+        pairs_per_other=1 + NUM_NEGATIVES,
+        other_vectors=read.users,
+        own_vectors=read.items,
+        gradients=parameters.items,
+        bias_gradients=parameters.item_bias,
+        own_scale=0.0,
+    )
     search = {"bitmap_ptr": None, "bitmap_words": 0}
     return {
         "step, exclusion by bitmap": with_bitmap,
@@ -140,19 +153,8 @@ def launches_of(dim: int, lanes: int, table_dtype: torch.dtype) -> dict[str, Lau
         "step, plain negatives": bce(None),
         "loss alone": bce(known, Output.NOTHING),
         "pairs (deterministic)": bce(known, Output.PAIRS),
-        "segments (deterministic)": segments_launch(
-            pairs.items,
-            pairs.items.long(),
-            coefficients=pairs.coefficients,
-            terms=1,
-            others=pairs.users,
-            pairs_an_other=1 + NUM_NEGATIVES,
-            other_vectors=read.users,
-            own_vectors=read.items,
-            gradients=parameters.items,
-            bias_gradients=parameters.item_bias,
-            own_scale=0.0,
-        ),
+        "segments (deterministic)": segments,
+        "partials (deterministic)": partials,
         "adam": adam_launch(
             parameters,
             parameters,

@@ -29,6 +29,7 @@ from fasttower_kernels.tables import Tables
 from fasttower_kernels.train_steps import StepSettings, TrainState, device_memory
 from fasttower_kernels.train_steps import reference as steps_reference
 from fasttower_kernels.train_steps import triton_gpu as steps_triton
+from fasttower_kernels.train_steps.state import LazyTables
 
 BFLOAT16 = replace(SETTINGS, table_dtype="bfloat16")
 EDGE = 64
@@ -133,14 +134,22 @@ def test_single_steps(dim, bias, optimiser, deterministic):
 
 
 @pytest.mark.parametrize(
-    ("optimiser", "deterministic"), [("adam", False), ("adam", True), ("lazy_adam", False)]
+    ("lazy", "deterministic"),
+    [
+        (LazyTables(False, False), False),
+        (LazyTables(False, False), True),
+        (LazyTables(True, True), False),
+        (LazyTables(True, False), False),
+        (LazyTables(False, True), False),
+    ],
 )
-def test_steps_of_one_call(monkeypatch, optimiser, deterministic):
+def test_steps_of_one_call(monkeypatch, lazy, deterministic):
     """The loss of a step reads what the step before has written; lazy rows are caught up when it does."""
+    monkeypatch.setattr(StepSettings, "lazy_tables", lambda *_: lazy)
     # Two positives a program, so that rows are wanted by several programs.
     monkeypatch.setitem(triton_tiles.TILES, 8, triton_tiles.Tile(2, 1))
     interactions, known = lazy_example(5, 4)
-    settings = StepSettings(LossSettings(2, l2=0.01), 0.05, 4, 7, optimiser, "bfloat16")
+    settings = StepSettings(LossSettings(2, l2=0.01), 0.05, 4, 7, table_dtype="bfloat16")
     tables = make_tables(5, num_users=10, num_items=47)
     state = TrainState.start(Tables(*(table.clone() for table in tables)))
     oracle = in_float64(state)

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from test_shuffle import order
+from triton.runtime import interpreter
 
 from fasttower_kernels import triton_tiles
 from fasttower_kernels.adam import lazy_triton_gpu as lazy_adam_triton
@@ -28,6 +29,7 @@ from fasttower_kernels.philox import seed_key
 from fasttower_kernels.sampled_bce import LossSettings
 from fasttower_kernels.sampled_bce import reference as bce_reference
 from fasttower_kernels.sampled_bce import triton_gpu as bce_triton
+from fasttower_kernels.sampled_bce.triton_segments import reduce_pairs
 from fasttower_kernels.shuffle import triton_gpu as shuffle_triton
 from fasttower_kernels.tables import Interactions, Tables, padded
 from fasttower_kernels.train_steps import (
@@ -244,6 +246,71 @@ def test_collisions(guarded, deterministic):
     torch.use_deterministic_algorithms(deterministic)
     tables, batch = (make(n, num_users=3, num_items=2) for make, n in ((make_tables, 16), (make_batch, 30)))
     check_gradients(guarded, tables, batch, None, LossSettings(5, 0.1), bound=2e-6)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [0] * 700,  # three rounds of the partial sums of one row
+        [*range(33)],
+        [2] * 15 + [3] * 2 + [5] * 31 + [6],  # to the end of a chunk, across it, over whole ones
+        [7] * 16 + [8] * 16 + [9] * 256 + [10],
+        [4],
+        [11, 11, 11],
+    ],
+    ids=["one", "each once", "across", "whole chunks", "single", "none"],
+)
+def test_sums_in_a_fixed_order(guarded, monkeypatch, rows, bias):
+    # Row 11 is none where there are 11.
+    num_own, width, terms = 11 if rows[-1] == 11 else 33, 12, 3
+    generator = torch.Generator().manual_seed(len(rows))
+    keys = torch.tensor(rows, dtype=torch.int32)[torch.randperm(len(rows), generator=generator)]
+    others = torch.randint(7, (len(rows) * terms,), generator=generator, dtype=torch.int32)
+    own, other, before = (torch.randn(n, width, generator=generator) for n in (num_own, 7, num_own))
+    coefficients = torch.randn(len(rows) * terms, generator=generator)
+    slopes = torch.randn(num_own, generator=generator)
+    expected, expected_slopes = before.double(), slopes.double()
+    for o, key in enumerate(keys.tolist()):
+        if key < num_own:
+            mine = slice(o * terms, (o + 1) * terms)
+            expected[key] += coefficients[mine].double() @ other[others[mine].long()].double()
+            expected[key] += 0.3 * own[key].double()
+            expected_slopes[key] += coefficients[mine].double().sum()
+    arrays = {
+        "keys": keys,
+        "coefficients": coefficients,
+        "others": others,
+        "other_vectors": other,
+        "own_vectors": own,
+    }
+    arrays = {name: guarded.like(array) for name, array in arrays.items()}
+
+    def sums():
+        gradients = guarded.like(before, added_to=True)
+        bias_gradients = guarded.like(slopes, added_to=True) if bias else None
+        reduce_pairs(
+            **arrays,
+            terms=terms,
+            pairs_per_other=1,
+            gradients=gradients,
+            bias_gradients=bias_gradients,
+            own_scale=0.3,
+        )
+        return gradients, bias_gradients
+
+    gradients, bias_gradients = sums()
+    torch.testing.assert_close(gradients.double(), expected, rtol=2e-6, atol=2e-5)
+    if bias:
+        torch.testing.assert_close(bias_gradients.double(), expected_slopes, rtol=2e-6, atol=2e-5)
+    untouched = torch.tensor([row not in rows for row in range(num_own)])
+    assert gradients[untouched].equal(before[untouched])
+    # The interpreter runs one program after another; now from the last to the first.
+    builder = interpreter.interpreter_builder
+    forwards = builder.set_grid_idx
+    monkeypatch.setattr(builder, "set_grid_idx", lambda x, y, z: forwards(builder.grid_dim[0] - 1 - x, y, z))
+    for again, result in zip(sums(), (gradients, bias_gradients), strict=True):
+        assert result is None or again.equal(result)
 
 
 @pytest.mark.usefixtures("large_programs")
@@ -633,14 +700,13 @@ def test_steps_of_one_lazy_table(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("large_programs")
-@pytest.mark.parametrize("first_epoch", [0, 1])
-def test_many_lazy_steps(guarded, first_epoch):
-    check_lazy_steps(guarded, 300, (300,), first_epoch=first_epoch)
+def test_many_lazy_steps(guarded):
+    check_lazy_steps(guarded, 300, (300,), first_epoch=0)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("large_programs")
-@pytest.mark.parametrize("one_lazy_table", ["users", "items"], indirect=True)
+@pytest.mark.parametrize("one_lazy_table", ["users"], indirect=True)
 def test_many_steps_of_one_lazy_table(guarded, one_lazy_table):
     check_lazy_steps(guarded, 300, (299, 1))
 

@@ -31,6 +31,7 @@ from fasttower_kernels.sampled_bce import triton_gpu as bce_triton
 from fasttower_kernels.shuffle import triton_gpu as shuffle_triton
 from fasttower_kernels.train_steps import lazy_triton_gpu
 from fasttower_kernels.train_steps import triton_gpu as steps_triton
+from fasttower_kernels.train_steps.state import LazyTables
 
 DEVICE = torch.device("cuda")
 KEY = seed_key(0xFEDCBA9876543210 >> 1)
@@ -251,7 +252,9 @@ def test_a_row_has_one_owner():
     assert stamps.equal(5 * wanted.int())
 
 
-def test_lazy_adam_is_dense_adam_where_rows_wait():
+@pytest.mark.parametrize("lazy", [(True, True), (True, False), (False, True)], ids=["both", "users", "items"])
+def test_lazy_adam_is_dense_adam_where_rows_wait(monkeypatch, lazy):
+    monkeypatch.setattr(StepSettings, "lazy_tables", lambda *_: LazyTables(*lazy))
     # 1,250 steps, and more rows than batches can touch; few positives have most of the rows.
     generator = torch.Generator().manual_seed(0)
     users, items = ((torch.rand(5000, generator=generator) ** 4 * n).int().to(DEVICE) for n in (3000, 900))

@@ -34,6 +34,7 @@ from fasttower_kernels.sampled_bce.triton_gpu import (
     bce_launch,
     num_programs,
 )
+from fasttower_kernels.sampled_bce.triton_segments import CHUNK
 from fasttower_kernels.shuffle import epoch_key
 from fasttower_kernels.shuffle.triton_gpu import signed_round_keys
 from fasttower_kernels.tables import Interactions, Tables
@@ -101,8 +102,9 @@ def _no_room(
     )
     if torch.are_deterministic_algorithms_enabled():
         pairs = settings.batch_size * (1 + settings.loss.num_negatives)
-        # Items and coefficients, and what the sort makes of them: keys, order and as much to work in.
-        sizes["pairs of the deterministic mode"] = (4 + 4 + 2 * (4 + 8)) * pairs
+        # Items and coefficients, what the sort makes of them (keys, order and as much to work in), and the
+        # partial sums.
+        sizes["pairs of the deterministic mode"] = (4 + 4 + 2 * (4 + 8) + 4 * width // CHUNK) * pairs
     return (
         f"{state.parameters.users.device} ran out of memory; training needs {listed(sizes)}: "
         "choose a smaller batch_size or embedding_dim, or device cpu."
