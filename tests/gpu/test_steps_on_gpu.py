@@ -11,6 +11,7 @@ from fasttower_kernels.sampled_bce import LossSettings
 from fasttower_kernels.tables import Interactions
 from fasttower_kernels.train_steps import StepSettings, run_steps, steps_per_epoch
 from fasttower_kernels.train_steps import reference as steps_reference
+from fasttower_kernels.train_steps.state import LazyTables
 
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device: torch.cuda.is_available() is False", allow_module_level=True)
@@ -132,14 +133,14 @@ def test_calls_of_one_step_are_a_call_of_many(table_dtype):
         assert one.equal(other)
 
 
-@pytest.mark.parametrize("optimiser", ["auto", "lazy_adam"])
-def test_lazy_adam_is_dense_adam_where_rows_wait(optimiser):
+@pytest.mark.parametrize("lazy", [(True, True), (True, False), (False, True)], ids=["both", "users", "items"])
+def test_lazy_adam_is_dense_adam_where_rows_wait(monkeypatch, lazy):
+    monkeypatch.setattr(StepSettings, "lazy_tables", lambda *_: LazyTables(*lazy))
     # 1,250 steps, and more rows than batches can touch; few positives have most of the rows.
     generator = torch.Generator().manual_seed(0)
     users, items = ((torch.rand(5000, generator=generator) ** 4 * n).int().to(DEVICE) for n in (3000, 900))
-    check_lazy(
-        Interactions(users, items), 3000, 900, StepSettings(LossSettings(1, 0.01), 0.01, 4, 1, optimiser)
-    )
+    settings = StepSettings(LossSettings(1, 0.01), 0.01, 4, 1, "lazy_adam")
+    check_lazy(Interactions(users, items), 3000, 900, settings)
 
 
 def test_users_may_wait_where_all_items_are_touched():
