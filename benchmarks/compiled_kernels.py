@@ -27,7 +27,6 @@ from triton.compiler import ASTSource
 
 from fasttower_kernels.adam.triton_gpu import adam_launch
 from fasttower_kernels.known_positives import KnownPositives
-from fasttower_kernels.negatives import triton_gpu as negatives
 from fasttower_kernels.sampled_bce.settings import LossSettings
 from fasttower_kernels.sampled_bce.triton_gpu import Output, PairBuffers, bce_launch
 from fasttower_kernels.sampled_bce.triton_segments import segments_launch
@@ -125,14 +124,15 @@ def launches_of(dim: int, lanes: int, table_dtype: torch.dtype) -> dict[str, Lau
             lanes=lanes,
         )
 
-    with_bitmap = bce(known)
+    bitmaps = bce(known)
+    assert bitmaps.arguments["bit_offsets_ptr"] is None
+    filters = {"bit_offsets_ptr": known.indptr}  # any offsets
     rates = torch.zeros(1, 2)
     state = TrainState(parameters, parameters, parameters, parameters)
-    lazy = lazy_launches(state, with_bitmap, rates, rounded=rounded, lanes=lanes)
-    search = {"bitmap_ptr": None, "bitmap_words": 0}
+    lazy = lazy_launches(state, bitmaps, rates, rounded=rounded, lanes=lanes)
     return {
-        "step, exclusion by bitmap": with_bitmap,
-        "step, exclusion by search": with_bitmap.with_arguments(**search),
+        "step, exclusion by bitmaps": bitmaps,
+        "step, exclusion by filters": bitmaps.with_arguments(**filters),
         "step, plain negatives": bce(None),
         "loss alone": bce(known, Output.NOTHING),
         "pairs (deterministic)": bce(known, Output.PAIRS),
@@ -159,8 +159,8 @@ def launches_of(dim: int, lanes: int, table_dtype: torch.dtype) -> dict[str, Lau
             rounded=rounded,
             lanes=lanes,
         ),
-        "lazy adam, exclusion by bitmap": lazy.before,
-        "lazy adam, exclusion by search": lazy.before.with_arguments(**search),
+        "lazy adam, exclusion by bitmaps": lazy.before,
+        "lazy adam, exclusion by filters": lazy.before.with_arguments(**filters),
         "lazy adam, plain negatives": lazy_launches(
             state, bce(None), rates, rounded=rounded, lanes=lanes
         ).before,
@@ -238,8 +238,6 @@ def compile_all(
     dims: tuple[int, ...], targets: tuple[str, ...], kernels: tuple[str, ...] = ()
 ) -> list[Figures]:
     """The figures of the kernels, all of them if none is named."""
-    # Whether a bitmap would fit this machine's memory is not the question here.
-    negatives.BITMAP_LIMIT_BYTES = 1 << 62
     return [
         compile_launch(name, launch, dim, target)
         for dim in dims

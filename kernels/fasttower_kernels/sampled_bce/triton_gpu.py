@@ -17,7 +17,8 @@ sum whatever the order.
 
 # Constants of a kernel are written in capitals, and arguments get their types when it is launched.
 # ruff: noqa: N803, N806, PLR0915
-# mypy: disallow-untyped-defs=False
+# Tuples grow by an element a lane, in loops that are unrolled.
+# mypy: disallow-untyped-defs=False, disable-error-code="assignment"
 
 from __future__ import annotations
 
@@ -115,7 +116,6 @@ def _add_item_gradients(
         "num_users",
         "num_items",
         "num_negatives",
-        "bitmap_words",
     ]
 )
 def sampled_bce_kernel(
@@ -132,7 +132,8 @@ def sampled_bce_kernel(
     item_index_ptr,
     indptr_ptr,
     known_items_ptr,
-    bitmap_ptr,
+    bit_offsets_ptr,
+    bits_ptr,
     words_ptr,
     counters_ptr,
     losses_ptr,
@@ -144,7 +145,6 @@ def sampled_bce_kernel(
     num_users,
     num_items,
     num_negatives,
-    bitmap_words,
     pairs,
     user_l2,
     item_l2,
@@ -170,9 +170,10 @@ def sampled_bce_kernel(
         pair_coefficients_ptr: (B, 1 + N), float32: the loss's derivative by the logit.
         user_index_ptr: (n,), int32.
         item_index_ptr: (n,), int32.
-        indptr_ptr: as in `Exclusion`; None to leave nothing out.
-        known_items_ptr: as in `Exclusion`.
-        bitmap_ptr: as in `Exclusion`; None to search the known items.
+        indptr_ptr: as in `exclusion_arguments`, like the next three.
+        known_items_ptr: the items.
+        bit_offsets_ptr: where rows of bits begin.
+        bits_ptr: their words.
         words_ptr: (10,), int32: the key of the negatives, and the 8 round keys of the order.
         counters_ptr: (2,), int64: t, which this kernel reads, and Adam's count, which it sets to t + 1. No
             program may write what others still read, so each kernel advances the counter of the other one.
@@ -185,7 +186,6 @@ def sampled_bce_kernel(
         num_users: U.
         num_items: I.
         num_negatives: N.
-        bitmap_words: as in `Exclusion`.
         pairs: terms of the loss that a positive is divided by.
         user_l2: 2 * l2; None without L2.
         item_l2: 4 * l2 / (N + 1); None without L2.
@@ -211,10 +211,8 @@ def sampled_bce_kernel(
         BLOCK_B,
         SHUFFLE,
     )
-    EXCLUDE: tl.constexpr = indptr_ptr is not None
-    BITMAP: tl.constexpr = bitmap_ptr is not None
-    live, known_row_ptr, degree, bitmap_row_ptr = batch_exclusion(
-        b, there, user_index, num_items, indptr_ptr, known_items_ptr, bitmap_ptr, bitmap_words
+    live, known = batch_exclusion(
+        there, user_index, num_items, indptr_ptr, known_items_ptr, bit_offsets_ptr, bits_ptr
     )
     catalogue = b * 0 + num_items
     if GATHERED:
@@ -260,22 +258,10 @@ def sampled_bce_kernel(
     position = (b + first_position).to(tl.uint32)
     for quad in range((num_negatives + 3) // 4):
         drawn = draw_quad(
-            position,
-            quad,
-            step.to(tl.uint32),
-            key_0,
-            key_1,
-            catalogue,
-            num_negatives,
-            live,
-            known_row_ptr,
-            degree,
-            bitmap_row_ptr,
-            EXCLUDE,
-            BITMAP,
+            position, quad, step.to(tl.uint32), key_0, key_1, catalogue, num_negatives, live, known
         )
-        # All rows of a quad are read before any of their gradients is added: the compiler has to assume that a
-        # gradient's address may be a row's, and each row would wait for the addition before it.
+        # All rows of a quad are read before any of their gradients is added: the compiler has to assume that
+        # a gradient may lie where a row does, and each row would wait for the addition before it.
         items = ()
         biases = ()
         for lane in tl.static_range(4):

@@ -16,7 +16,7 @@ do in the fused kernel, a word instead of a row.
 """
 
 # Constants of a kernel are written in capitals, and arguments get their types when it is launched.
-# ruff: noqa: ANN001, ANN201, ANN202, N803, N806
+# ruff: noqa: ANN001, ANN201, ANN202, N803
 # mypy: disallow-untyped-defs=False
 
 from __future__ import annotations
@@ -64,7 +64,6 @@ def _claim(stamps_ptr, rows, asking, now):
         "bits",
         "num_items",
         "num_negatives",
-        "bitmap_words",
     ]
 )
 def catch_up_batch_kernel(
@@ -90,7 +89,8 @@ def catch_up_batch_kernel(
     item_index_ptr,
     indptr_ptr,
     known_items_ptr,
-    bitmap_ptr,
+    bit_offsets_ptr,
+    bits_ptr,
     words_ptr,
     counters_ptr,
     num_rows,
@@ -99,7 +99,6 @@ def catch_up_batch_kernel(
     bits,
     num_items,
     num_negatives,
-    bitmap_words,
     WIDTH: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -131,7 +130,8 @@ def catch_up_batch_kernel(
         item_index_ptr: of the positives.
         indptr_ptr: of the exclusion.
         known_items_ptr: of the exclusion.
-        bitmap_ptr: of the exclusion.
+        bit_offsets_ptr: of the exclusion.
+        bits_ptr: of the exclusion.
         words_ptr: keys.
         counters_ptr: (2,), int64: t, which this kernel sets for the fused one, and how many steps there
             were, which it reads as t.
@@ -141,7 +141,6 @@ def catch_up_batch_kernel(
         bits: of the shuffle.
         num_items: I.
         num_negatives: N.
-        bitmap_words: of the exclusion.
         WIDTH: the padded width of a row.
         BLOCK_D: the power of two from it.
         BLOCK_B: positives a program.
@@ -163,10 +162,8 @@ def catch_up_batch_kernel(
         BLOCK_B,
         SHUFFLE=True,
     )
-    EXCLUDE: tl.constexpr = indptr_ptr is not None
-    BITMAP: tl.constexpr = bitmap_ptr is not None
-    live, known_row_ptr, degree, bitmap_row_ptr = batch_exclusion(
-        b, there, user_index, num_items, indptr_ptr, known_items_ptr, bitmap_ptr, bitmap_words
+    live, known = batch_exclusion(
+        there, user_index, num_items, indptr_ptr, known_items_ptr, bit_offsets_ptr, bits_ptr
     )
     d = tl.arange(0, BLOCK_D)[None, :]
     if program < blocks:
@@ -203,11 +200,7 @@ def catch_up_batch_kernel(
             b * 0 + num_items,
             num_negatives,
             live,
-            known_row_ptr,
-            degree,
-            bitmap_row_ptr,
-            EXCLUDE,
-            BITMAP,
+            known,
         )
         item_rows = tl.where(d == 0, item_0[:, None], tl.where(d == 1, item_1[:, None], item_2[:, None]))
         item_rows = tl.where(d == 3, item_3[:, None], item_rows)
