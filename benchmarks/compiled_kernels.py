@@ -27,7 +27,6 @@ from triton.compiler import ASTSource
 
 from fasttower_kernels.adam.triton_gpu import adam_launch
 from fasttower_kernels.known_positives import KnownPositives
-from fasttower_kernels.negatives import triton_gpu as negatives
 from fasttower_kernels.sampled_bce.settings import LossSettings
 from fasttower_kernels.sampled_bce.triton_gpu import Output, PairBuffers, bce_launch
 from fasttower_kernels.sampled_bce.triton_segments import segments_launches
@@ -125,14 +124,16 @@ def launches_of(dim: int, lanes: int, table_dtype: torch.dtype) -> dict[str, Lau
             lanes=lanes,
         )
 
-    with_bitmap = bce(known)
+    bitmaps = bce(known)
+    assert bitmaps.arguments["bit_offsets_ptr"] is None
+    filters = {"bit_offsets_ptr": known.indptr}  # any offsets
     rates = torch.zeros(1, 2)
     state = TrainState(parameters, parameters, parameters, parameters)
 
     def lazy_of(bce: Launch, users: bool = True, items: bool = True) -> LazyLaunches:
         return lazy_launches(state, bce, rates, LazyTables(users, items), rounded=rounded, lanes=lanes)
 
-    lazy = lazy_of(with_bitmap)
+    lazy = lazy_of(bitmaps)
     segments, partials = segments_launches(
         pairs.items,
         pairs.items.long(),
@@ -146,10 +147,9 @@ def launches_of(dim: int, lanes: int, table_dtype: torch.dtype) -> dict[str, Lau
         bias_gradients=parameters.item_bias,
         own_scale=0.0,
     )
-    search = {"bitmap_ptr": None, "bitmap_words": 0}
     return {
-        "step, exclusion by bitmap": with_bitmap,
-        "step, exclusion by search": with_bitmap.with_arguments(**search),
+        "step, exclusion by bitmaps": bitmaps,
+        "step, exclusion by filters": bitmaps.with_arguments(**filters),
         "step, plain negatives": bce(None),
         "loss alone": bce(known, Output.NOTHING),
         "pairs (deterministic)": bce(known, Output.PAIRS),
@@ -165,13 +165,13 @@ def launches_of(dim: int, lanes: int, table_dtype: torch.dtype) -> dict[str, Lau
             rounded=rounded,
             lanes=lanes,
         ),
-        "lazy adam, exclusion by bitmap": lazy.update,
-        "lazy adam, exclusion by search": lazy.update.with_arguments(**search),
+        "lazy adam, exclusion by bitmaps": lazy.update,
+        "lazy adam, exclusion by filters": lazy.update.with_arguments(**filters),
         "lazy adam, plain negatives": lazy_of(bce(None)).update,
-        "lazy adam, only users": lazy_of(with_bitmap, items=False).update,
-        "lazy adam, only items": lazy_of(with_bitmap, users=False).update,
+        "lazy adam, only users": lazy_of(bitmaps, items=False).update,
+        "lazy adam, only items": lazy_of(bitmaps, users=False).update,
         "lazy adam, all rows": lazy.at_the_end,
-        "lazy adam, all rows of users": lazy_of(with_bitmap, items=False).at_the_end,
+        "lazy adam, all rows of users": lazy_of(bitmaps, items=False).at_the_end,
     }
 
 
@@ -245,8 +245,6 @@ def compile_all(
     dims: tuple[int, ...], targets: tuple[str, ...], kernels: tuple[str, ...] = ()
 ) -> list[Figures]:
     """The figures of the kernels, all of them if none is named."""
-    # Whether a bitmap would fit this machine's memory is not the question here.
-    negatives.BITMAP_LIMIT_BYTES = 1 << 62
     return [
         compile_launch(name, launch, dim, target)
         for dim in dims

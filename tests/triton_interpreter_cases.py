@@ -16,7 +16,7 @@ import triton.language as tl
 from test_shuffle import order
 from triton.runtime import interpreter
 
-from fasttower_kernels import triton_tiles
+from fasttower_kernels import membership_layout, triton_tiles
 from fasttower_kernels.adam import lazy_triton_gpu as lazy_adam_triton
 from fasttower_kernels.adam import reference as adam_reference
 from fasttower_kernels.adam import triton_gpu as adam_triton
@@ -25,6 +25,7 @@ from fasttower_kernels.errors import FastTowerError
 from fasttower_kernels.known_positives import KnownPositives
 from fasttower_kernels.negatives import reference as negatives_reference
 from fasttower_kernels.negatives import triton_gpu as negatives_triton
+from fasttower_kernels.negatives.membership_triton_gpu import exclusion_rows, touched
 from fasttower_kernels.philox import seed_key
 from fasttower_kernels.sampled_bce import LossSettings
 from fasttower_kernels.sampled_bce import reference as bce_reference
@@ -119,10 +120,22 @@ def known_positives():
     return KnownPositives.from_pairs(index[:, 0], index[:, 1], NUM_USERS, NUM_ITEMS)
 
 
+def use_filters(monkeypatch):
+    """Users have filters, however large a part of the catalogue they know, and hits are searched for."""
+    monkeypatch.setattr(negatives_triton, "BITMAP_LIMIT_BYTES", 0)
+    monkeypatch.setattr(membership_layout, "BITMAP_WORDS_PER_FILTER_WORD", 0)
+
+
+@pytest.fixture
+def filters(monkeypatch):
+    """See `use_filters`."""
+    use_filters(monkeypatch)
+
+
 def excluded(way, monkeypatch):
-    """Known positives that the test's negatives leave out in a way: "bitmap", "search", or None for not."""
-    if way == "search":
-        monkeypatch.setattr(negatives_triton, "BITMAP_LIMIT_BYTES", 0)
+    """Known positives that the test's negatives leave out in a way: "bitmaps", "filters", or None for not."""
+    if way == "filters":
+        use_filters(monkeypatch)
     return known_positives() if way else None
 
 
@@ -202,11 +215,11 @@ def test_negatives_known_answers():
     ]
 
 
-@pytest.mark.parametrize("exclude", ["bitmap", "search"])
+@pytest.mark.parametrize("exclude", ["bitmaps", "filters"])
 def test_negatives(monkeypatch, exclude):
     known, num_negatives = excluded(exclude, monkeypatch), 6
-    searched = negatives_triton.exclusion_arguments(known)["bitmap_ptr"] is None
-    assert searched == (exclude == "search")
+    filtered = negatives_triton.exclusion_arguments(known)["bit_offsets_ptr"] is not None
+    assert filtered == (exclude == "filters")
     users = torch.arange(27, dtype=torch.int32) % NUM_USERS
     draw = {"key": KEY, "step": 2**32 - 1, "known_positives": known, "first_position": 11}
     negatives = negatives_triton.sample_negatives(users, num_negatives, NUM_ITEMS, **draw)
@@ -214,6 +227,63 @@ def test_negatives(monkeypatch, exclude):
     counts = known.degrees[users.long()] < NUM_ITEMS
     assert negatives[counts].equal(expected[counts])
     assert not bool(known.contains(users[counts].long()[:, None], negatives[counts]).any())
+    offsets = negatives_triton.exclusion_arguments(known)["bit_offsets_ptr"]
+    assert (offsets is None) == (exclusion == "bitmaps")
+
+
+@triton.jit
+def _touched_kernel(
+    indptr_ptr,
+    known_items_ptr,
+    bit_offsets_ptr,
+    bits_ptr,
+    found_ptr,
+    num_items,
+    BLOCK: tl.constexpr,  # noqa: N803
+):
+    """Of each user (a program each) and item, whether the user has touched it."""
+    i = tl.arange(0, BLOCK)
+    user = (i * 0 + tl.program_id(0)).to(tl.int64)
+    known = exclusion_rows(
+        user, i < num_items, num_items, indptr_ptr, known_items_ptr, bit_offsets_ptr, bits_ptr
+    )
+    items = ()
+    wanted = ()
+    for lane in tl.static_range(4):
+        items += (4 * i + lane,)
+        wanted += (4 * i + lane < num_items,)
+    found = touched(items, wanted, known)
+    for lane in tl.static_range(4):
+        tl.store(found_ptr + user * num_items + 4 * i + lane, found[lane], mask=wanted[lane])
+
+
+@pytest.mark.parametrize("limit", [0, 1 << 30])
+def test_touched(monkeypatch, limit):
+    """Every user and item, by rows of either kind: nothing, few, many, all but one item, all."""
+    monkeypatch.setattr(negatives_triton, "BITMAP_LIMIT_BYTES", limit)
+    num_items, degrees = 4099, [0, 1, 2, 17, 63, 64, 400, 4098, 4099]
+    generator = torch.Generator().manual_seed(3)
+    items = torch.cat([torch.randperm(num_items, generator=generator)[:degree] for degree in degrees])
+    users = torch.repeat_interleave(torch.arange(len(degrees)), torch.tensor(degrees))
+    known = KnownPositives.from_pairs(users, items, len(degrees), num_items)
+    arguments = negatives_triton.exclusion_arguments(known)
+    offsets = arguments["bit_offsets_ptr"]
+    if limit == 0:
+        bitmap = (offsets.diff() == -(-num_items // 32)).tolist()
+        assert bitmap == [False, False, False, False, False, False, True, True, True]
+    found = torch.zeros(len(degrees), num_items, dtype=torch.bool)
+    _touched_kernel[(len(degrees),)](**arguments, found_ptr=found, num_items=num_items, BLOCK=2048)
+    expected = known.contains(torch.arange(len(degrees))[:, None], torch.arange(num_items))
+    assert found.equal(expected)
+
+
+def test_bits_are_set_in_parts(monkeypatch):
+    known = known_positives()
+    layout = membership_layout.layout_of(known, 0)
+    whole = negatives_triton.build_bits(known, layout)
+    assert bool(whole.any())
+    monkeypatch.setattr(negatives_triton, "_PAIRS_AT_ONCE", 7)
+    assert negatives_triton.build_bits(known, layout).equal(whole)
 
 
 def test_negatives_of_the_largest_catalogue():
@@ -231,10 +301,10 @@ def test_negatives_of_the_largest_catalogue():
 @pytest.mark.parametrize(
     ("dim", "num_negatives", "size", "exclude", "settings", "bias"),
     [
-        (16, 5, 40, "bitmap", {"l2": 0.3}, True),
+        (16, 5, 40, "bitmaps", {"l2": 0.3}, True),
         (3, 2, 33, None, {"loss_scale": "pairs"}, False),
-        (37, 4, 5, "search", {"l2": 0.2}, True),
-        (1, 0, 7, "bitmap", {"l2": 0.1}, True),
+        (37, 4, 5, "filters", {"l2": 0.2}, True),
+        (1, 0, 7, "bitmaps", {"l2": 0.1}, True),
     ],
 )
 @pytest.mark.parametrize("deterministic", [False, True])
@@ -510,10 +580,10 @@ def test_a_plan_follows_its_arguments():
 
 
 def test_no_room(monkeypatch):
-    def out_of_memory(_):
+    def out_of_memory(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(negatives_triton, "build_bitmap", out_of_memory)
+    monkeypatch.setattr(negatives_triton, "build_bits", out_of_memory)
     state = TrainState.start(make_tables(4))
     with pytest.raises(FastTowerError, match=r"cpu ran out of memory; training needs .* GiB for tables"):
         steps_triton.run_steps(state, make_batch(5), known_positives(), SETTINGS, first_step=0, num_steps=1)
@@ -722,7 +792,7 @@ def test_many_steps_of_one_lazy_table(guarded, one_lazy_table):
 @pytest.mark.slow
 @pytest.mark.usefixtures("large_programs")
 @pytest.mark.parametrize("dim", [2, 64, 100, 128, 256, 512])
-@pytest.mark.parametrize("exclude", [None, "bitmap", "search"])
+@pytest.mark.parametrize("exclude", [None, "bitmaps", "filters"])
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_gradients_of_more_dims(guarded, monkeypatch, dim, exclude, deterministic):
     torch.use_deterministic_algorithms(deterministic)

@@ -74,7 +74,6 @@ def _claim(stamps_ptr, rows, asking, now):
         "bits",
         "num_items",
         "num_negatives",
-        "bitmap_words",
     ]
 )
 def lazy_update_kernel(
@@ -101,7 +100,8 @@ def lazy_update_kernel(
     item_index_ptr,
     indptr_ptr,
     known_items_ptr,
-    bitmap_ptr,
+    bit_offsets_ptr,
+    bits_ptr,
     words_ptr,
     counters_ptr,
     user_groups,
@@ -112,7 +112,6 @@ def lazy_update_kernel(
     bits,
     num_items,
     num_negatives,
-    bitmap_words,
     WIDTH: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -149,7 +148,8 @@ def lazy_update_kernel(
         item_index_ptr: of the positives.
         indptr_ptr: of the exclusion.
         known_items_ptr: of the exclusion.
-        bitmap_ptr: of the exclusion.
+        bit_offsets_ptr: of the exclusion.
+        bits_ptr: of the exclusion.
         words_ptr: keys.
         counters_ptr: (2,), int64: t, which this kernel sets to the next step, and the count of steps, which
             it reads.
@@ -161,7 +161,6 @@ def lazy_update_kernel(
         bits: of the shuffle.
         num_items: I.
         num_negatives: N.
-        bitmap_words: of the exclusion.
         WIDTH: the padded width of a row.
         BLOCK_D: the power of two from it.
         BLOCK_B: positives per program.
@@ -225,8 +224,8 @@ def lazy_update_kernel(
                 items = 1
             else:
                 quad = program // blocks - 1
-                live, known_row_ptr, degree, bitmap_row_ptr = batch_exclusion(
-                    b, there, user_index, num_items, indptr_ptr, known_items_ptr, bitmap_ptr, bitmap_words
+                live, known = batch_exclusion(
+                    there, user_index, num_items, indptr_ptr, known_items_ptr, bit_offsets_ptr, bits_ptr
                 )
                 item_0, item_1, item_2, item_3 = draw_quad(
                     b.to(tl.uint32),
@@ -237,11 +236,7 @@ def lazy_update_kernel(
                     b * 0 + num_items,
                     num_negatives,
                     live,
-                    known_row_ptr,
-                    degree,
-                    bitmap_row_ptr,
-                    EXCLUDE=indptr_ptr is not None,
-                    BITMAP=bitmap_ptr is not None,
+                    known,
                 )
                 item_rows = tl.where(column == 0, item_0[:, None], item_1[:, None])
                 item_rows = tl.where(column == 2, item_2[:, None], item_rows)

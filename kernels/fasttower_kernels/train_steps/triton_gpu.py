@@ -25,7 +25,7 @@ from torch import Tensor
 from fasttower_kernels.adam.triton_gpu import adam_launch, step_rates
 from fasttower_kernels.errors import FastTowerError
 from fasttower_kernels.known_positives import KnownPositives
-from fasttower_kernels.negatives.triton_gpu import bitmap_bytes
+from fasttower_kernels.negatives.triton_gpu import exclusion_bytes
 from fasttower_kernels.philox import seed_key
 from fasttower_kernels.sampled_bce.triton_gpu import (
     Output,
@@ -97,7 +97,7 @@ def _no_room(
         width=width,
         num_rows=len(interactions),
         num_known=0 if known_positives is None else len(known_positives.items),
-        bitmap=0 if known_positives is None else bitmap_bytes(known_positives),
+        bits=0 if known_positives is None else exclusion_bytes(known_positives),
         table_dtype=settings.table_dtype,
     )
     if torch.are_deterministic_algorithms_enabled():
