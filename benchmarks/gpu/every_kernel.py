@@ -34,8 +34,8 @@ def step_cases() -> list[Fused]:
     kinds = itertools.product(("adam", "lazy_adam"), ("float32", "bfloat16"))
     launched = [Fused(*kind, graphs=False) for kind in kinds]
     others = [
-        Fused(exclusion="search", graphs=False),
-        Fused("lazy_adam", exclusion="search", graphs=False),
+        Fused(exclusion="filters", graphs=False),
+        Fused("lazy_adam", exclusion="filters", graphs=False),
         Fused(exclusion=None, graphs=False),
         Fused(deterministic=True),
         Fused("lazy_adam", deterministic=True),

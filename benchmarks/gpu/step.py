@@ -67,7 +67,7 @@ class Fused:
 
     optimiser: str = "adam"
     table_dtype: str = "float32"
-    exclusion: str | None = "bitmap"
+    exclusion: str | None = "bitmaps"
     graphs: bool = True
     deterministic: bool = False
 
@@ -82,14 +82,14 @@ class Fused:
         settings = StepSettings(loss, LEARNING_RATE, batch_size, 0, self.optimiser, self.table_dtype)
         state = TrainState.start(positives.start_tables(dim))
         known = positives.known
-        if self.exclusion == "search":
-            # A copy, without the bitmap that the other one has.
+        if self.exclusion == "filters":
+            # A copy, without the bitmaps that the other one has.
             known = KnownPositives(known.indptr, known.items, known.num_items)
         excluded = known if self.exclusion else None
 
         def run(num_steps: int) -> Tensor:
             torch.use_deterministic_algorithms(self.deterministic)
-            with _largest_bitmap(0) if self.exclusion == "search" else contextlib.nullcontext():
+            with _largest_bitmap(0) if self.exclusion == "filters" else contextlib.nullcontext():
                 bce = triton_gpu.run_steps(
                     state,
                     positives.interactions,
@@ -106,7 +106,7 @@ class Fused:
 
     def traffic_bytes(self, positives: Positives, dim: int, batch_size: int) -> int | None:
         """What a step moves; see the module."""
-        if self.optimiser != "adam" or self.exclusion != "bitmap" or self.deterministic:
+        if self.optimiser != "adam" or self.exclusion != "bitmaps" or self.deterministic:
             return None
         rounded, width, pairs = self.table_dtype == "bfloat16", padded(dim), 1 + NUM_NEGATIVES
         vectors = (10 if rounded else 12) * width * (1 + pairs) * batch_size
@@ -186,7 +186,7 @@ GROUPS: tuple[dict[str, Fused | Plain], ...] = (
     {"compiled": Plain(compiled=True)},
     {
         "dense launched": Fused(graphs=False),
-        "dense search": Fused(exclusion="search"),
+        "dense filters": Fused(exclusion="filters"),
         "dense catalogue": Fused(exclusion=None),
         "dense deterministic": Fused(deterministic=True),
     },

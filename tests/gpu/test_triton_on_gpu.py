@@ -37,12 +37,12 @@ def _modes():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=["plain", "bitmap", "search"])
+@pytest.fixture(params=["plain", "bitmaps", "filters"])
 def known(request, monkeypatch):
     """Known positives that are left out in each way, or None."""
     if request.param == "plain":
         return None
-    if request.param == "search":
+    if request.param == "filters":
         monkeypatch.setattr(negatives_triton, "BITMAP_LIMIT_BYTES", 0)
     return make_known()
 
