@@ -8,12 +8,12 @@ up to three runs, of a whole epoch or, where ``steps`` is fewer than ``epoch_ste
 which the epoch follows. Every fused variant has an item bias, L2 and CUDA graphs:
 
     auto                 the optimiser that the sizes choose
-    dense                Adam over whole tables; negatives leave known positives out by a bitmap
+    dense                Adam over whole tables; negatives leave known positives out by bitmaps
     lazy                 Adam only for the rows in use; all rows at the end of the run
     dense bf16           the same with bfloat16 user and item vectors under float32 tables
     lazy bf16            likewise
     dense launched       without graphs
-    dense search         known positives left out by searches instead of the bitmap
+    dense filters        known positives left out by hashed filters and searches instead of bitmaps
     dense catalogue      negatives from the whole catalogue
     dense deterministic  without floating-point atomics
     eager                torch: permutation, randint, embedding, bmm, BCE with logits, fused dense Adam
@@ -24,9 +24,9 @@ Eager and compiled draw from the whole catalogue and have no L2, and so do less.
 ``share`` is a step's traffic over its time, over the bandwidth of a large copy (bytes read and written).
 Traffic counts what the step must read and write if nothing stayed in a cache: 12 bytes per float of each user
 and item vector (read, and read and written to add its gradient) and of each item's bias, 8 bytes per
-positive, a sector of 32 bytes per negative for the bitmap, and Adam's 32 bytes per parameter; with bfloat16
+positive, a sector of 32 bytes per negative for the bitmaps, and Adam's 32 bytes per parameter; with bfloat16
 vectors 10 bytes per float of a vector, and 34 per parameter. Where the tables fit in L2 it may pass 1. Only
-dense variants with the bitmap have one.
+dense variants with bitmaps have one.
 """
 
 from __future__ import annotations
