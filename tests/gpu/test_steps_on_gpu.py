@@ -5,7 +5,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from gpu_cases import DEVICE, doubled, doubled_state, error, make_batch, make_known, make_tables, start_state
+from gpu_cases import (
+    DEVICE,
+    doubled,
+    doubled_state,
+    error,
+    leave_a_lost_device,
+    make_batch,
+    make_known,
+    make_tables,
+    start_state,
+)
 
 from fasttower_kernels.sampled_bce import LossSettings
 from fasttower_kernels.tables import Interactions
@@ -28,6 +38,7 @@ TABLE_DTYPES = ["float32", "bfloat16"]
 def _modes():
     yield
     torch.use_deterministic_algorithms(False)
+    leave_a_lost_device()
 
 
 def reference_steps(oracle, interactions, known, settings, **steps):

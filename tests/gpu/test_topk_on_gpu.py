@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from gpu_cases import DEVICE, leave_a_lost_device
 from topk_oracle import assert_equal, integers, oracle, random_seen
 
 from fasttower_kernels.topk import certified, top_k
@@ -10,8 +11,13 @@ from fasttower_kernels.topk import certified, top_k
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device: torch.cuda.is_available() is False", allow_module_level=True)
 
-DEVICE = torch.device("cuda")
 SCORINGS = ["float32", "tf32", "bfloat16"]
+
+
+@pytest.fixture(autouse=True)
+def _device():
+    yield
+    leave_a_lost_device()
 
 
 @pytest.fixture

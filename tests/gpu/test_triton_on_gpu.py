@@ -4,7 +4,18 @@ import importlib.util
 
 import pytest
 import torch
-from gpu_cases import DEVICE, KEY, NUM_ITEMS, NUM_USERS, doubled, error, make_batch, make_known, make_tables
+from gpu_cases import (
+    DEVICE,
+    KEY,
+    NUM_ITEMS,
+    NUM_USERS,
+    doubled,
+    error,
+    leave_a_lost_device,
+    make_batch,
+    make_known,
+    make_tables,
+)
 
 from fasttower_kernels.adam import reference as adam_reference
 from fasttower_kernels.known_positives import KnownPositives
@@ -35,6 +46,7 @@ from fasttower_kernels.train_steps import lazy_triton_gpu
 def _modes():
     yield
     torch.use_deterministic_algorithms(False)
+    leave_a_lost_device()
 
 
 @pytest.fixture(params=["plain", "bitmaps", "filters"])
