@@ -24,13 +24,14 @@ from benchmarks.gpu.results import Results
 from fasttower.config import TrainingConfig
 from fasttower.data.synthetic import generate
 from fasttower.evaluation.ranking import ranking_metrics
-from fasttower.training.selection import TrainedModel, TrainingData, train_model
+from fasttower.training.data import TrainingData
+from fasttower.training.trainer import TrainedModel, Trainer
 from fasttower_kernels.known_positives import KnownPositives
 from fasttower_kernels.tables import Interactions
 from fasttower_kernels.topk import top_k
 
 K = 10
-CONFIG = TrainingConfig(embedding_dim=64, l2=(0.06,), epochs=6, batch_size=8_192)
+CONFIG = TrainingConfig(embedding_dim=64, l2=(0.06,), epochs=6, batch_size=8_192, k=K)
 LOSS_BOUND = 1e-3  # relative, of the training loss
 NDCG_BOUND = 0.01
 
@@ -123,7 +124,8 @@ class Comparison:
         parts = self._split.parts.to(torch.device(device))
         parts = parts if validated else replace(parts, valid=None)
         began = time.perf_counter()
-        trained = train_model(parts, replace(self._config, **changes), k=K, refit=validated)
+        config = replace(self._config, **changes).resolved(len(parts.fit))
+        trained = Trainer(parts, config).train()
         seconds = time.perf_counter() - began
         self._results.add(
             way=way,
