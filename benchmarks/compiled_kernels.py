@@ -27,13 +27,12 @@ from triton.compiler import ASTSource
 
 from fasttower_kernels.adam.triton_gpu import adam_launch
 from fasttower_kernels.known_positives import KnownPositives
-from fasttower_kernels.negatives import triton_gpu as negatives
 from fasttower_kernels.sampled_bce.settings import LossSettings
 from fasttower_kernels.sampled_bce.triton_gpu import Output, PairBuffers, bce_launch
-from fasttower_kernels.sampled_bce.triton_segments import segments_launch
+from fasttower_kernels.sampled_bce.triton_segments import segments_launches
 from fasttower_kernels.tables import Interactions, Tables, padded
-from fasttower_kernels.train_steps.lazy_triton_gpu import lazy_launches
-from fasttower_kernels.train_steps.state import TrainState
+from fasttower_kernels.train_steps.lazy_triton_gpu import LazyLaunches, lazy_launches
+from fasttower_kernels.train_steps.state import LazyTables, TrainState
 from fasttower_kernels.triton_launch import Launch
 
 TARGETS = {
@@ -125,30 +124,37 @@ def launches_of(dim: int, lanes: int, table_dtype: torch.dtype) -> dict[str, Lau
             lanes=lanes,
         )
 
-    with_bitmap = bce(known)
+    bitmaps = bce(known)
+    assert bitmaps.arguments["bit_offsets_ptr"] is None
+    filters = {"bit_offsets_ptr": known.indptr}  # any offsets
     rates = torch.zeros(1, 2)
     state = TrainState(parameters, parameters, parameters, parameters)
-    lazy = lazy_launches(state, with_bitmap, rates, rounded=rounded, lanes=lanes)
-    search = {"bitmap_ptr": None, "bitmap_words": 0}
+
+    def lazy_of(bce: Launch, users: bool = True, items: bool = True) -> LazyLaunches:
+        return lazy_launches(state, bce, rates, LazyTables(users, items), rounded=rounded, lanes=lanes)
+
+    lazy = lazy_of(bitmaps)
+    segments, partials = segments_launches(
+        pairs.items,
+        pairs.items.long(),
+        coefficients=pairs.coefficients,
+        terms=1,
+        others=pairs.users,
+        pairs_per_other=1 + NUM_NEGATIVES,
+        other_vectors=read.users,
+        own_vectors=read.items,
+        gradients=parameters.items,
+        bias_gradients=parameters.item_bias,
+        own_scale=0.0,
+    )
     return {
-        "step, exclusion by bitmap": with_bitmap,
-        "step, exclusion by search": with_bitmap.with_arguments(**search),
+        "step, exclusion by bitmaps": bitmaps,
+        "step, exclusion by filters": bitmaps.with_arguments(**filters),
         "step, plain negatives": bce(None),
         "loss alone": bce(known, Output.NOTHING),
         "pairs (deterministic)": bce(known, Output.PAIRS),
-        "segments (deterministic)": segments_launch(
-            pairs.items,
-            pairs.items.long(),
-            coefficients=pairs.coefficients,
-            terms=1,
-            others=pairs.users,
-            pairs_an_other=1 + NUM_NEGATIVES,
-            other_vectors=read.users,
-            own_vectors=read.items,
-            gradients=parameters.items,
-            bias_gradients=parameters.item_bias,
-            own_scale=0.0,
-        ),
+        "segments (deterministic)": segments,
+        "partials (deterministic)": partials,
         "adam": adam_launch(
             parameters,
             parameters,
@@ -159,12 +165,13 @@ def launches_of(dim: int, lanes: int, table_dtype: torch.dtype) -> dict[str, Lau
             rounded=rounded,
             lanes=lanes,
         ),
-        "lazy adam, exclusion by bitmap": lazy.before,
-        "lazy adam, exclusion by search": lazy.before.with_arguments(**search),
-        "lazy adam, plain negatives": lazy_launches(
-            state, bce(None), rates, rounded=rounded, lanes=lanes
-        ).before,
+        "lazy adam, exclusion by bitmaps": lazy.update,
+        "lazy adam, exclusion by filters": lazy.update.with_arguments(**filters),
+        "lazy adam, plain negatives": lazy_of(bce(None)).update,
+        "lazy adam, only users": lazy_of(bitmaps, items=False).update,
+        "lazy adam, only items": lazy_of(bitmaps, users=False).update,
         "lazy adam, all rows": lazy.at_the_end,
+        "lazy adam, all rows of users": lazy_of(bitmaps, items=False).at_the_end,
     }
 
 
@@ -238,8 +245,6 @@ def compile_all(
     dims: tuple[int, ...], targets: tuple[str, ...], kernels: tuple[str, ...] = ()
 ) -> list[Figures]:
     """The figures of the kernels, all of them if none is named."""
-    # Whether a bitmap would fit this machine's memory is not the question here.
-    negatives.BITMAP_LIMIT_BYTES = 1 << 62
     return [
         compile_launch(name, launch, dim, target)
         for dim in dims

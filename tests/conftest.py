@@ -1,9 +1,11 @@
-"""Fixtures that more than one test file uses."""
+"""Fixtures that more than one test file uses.
+
+Nothing is imported here that a machine for `tests/gpu` may lack, Polars among it.
+"""
 
 import os
 from pathlib import Path
 
-import polars as pl
 import pytest
 import torch
 
@@ -40,6 +42,8 @@ def ml_1m() -> Path:
 @pytest.fixture(scope="session")
 def ratings():
     """Users like items of their own parity; ids are strings, with leading zeros."""
+    import polars as pl
+
     generator = torch.Generator().manual_seed(0)
     users = torch.randint(40, (2000,), generator=generator)
     items = torch.randint(30, (2000,), generator=generator) * 2 + users % 2

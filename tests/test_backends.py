@@ -1,12 +1,17 @@
 """An operator's public function runs the backend that was asked for, and no other in its place."""
 
 import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from fasttower_kernels.adam import adam_step
-from fasttower_kernels.backends import implementation
+from fasttower_kernels.backends import OLDEST_TRITON, choose_backend, implementation
+from fasttower_kernels.errors import FastTowerError
 from fasttower_kernels.negatives import sample_negatives
 from fasttower_kernels.sampled_bce import LossSettings, bce_sum, train_step
 from fasttower_kernels.shuffle import shuffled_rows
@@ -79,6 +84,26 @@ def test_the_backend_that_was_asked_for_runs(monkeypatch, function, asked, runs)
         monkeypatch.setattr(module, function, called)
     with pytest.raises(CalledError, match=runs):
         call(asked)
+
+
+def test_an_old_triton_is_not_used(monkeypatch):
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: True)
+    for version, backend in (("3.2.0", "torch"), ("3.3.0", "triton"), ("3.10.1+git", "triton")):
+        monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__=version))
+        assert choose_backend("auto", cuda)[0] == backend
+        if backend == "triton":
+            assert choose_backend("triton", cuda)[0] == "triton"
+        else:
+            with pytest.raises(FastTowerError, match=r"needs Triton 3\.3.*torch 2\.7.*found 3\.2\.0"):
+                choose_backend("triton", cuda)
+            assert "found 3.2.0" in choose_backend("auto", cuda)[1]
+
+
+def test_the_oldest_triton_is_what_the_package_requires():
+    project = (Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8")
+    oldest = ".".join(map(str, OLDEST_TRITON))
+    assert f"triton>={oldest};" in project
 
 
 @pytest.mark.parametrize("operator", ["train_steps", "sampled_bce", "adam", "negatives", "shuffle"])

@@ -6,8 +6,9 @@ import torch
 from fasttower.config import TrainingConfig
 from fasttower.device import check_repeatable, choose_device, cpu_threads
 from fasttower.errors import FastTowerError
-from fasttower.model import TwoTower
 from fasttower.training import trainer
+from fasttower.training.data import TrainingData
+from fasttower.training.observer import Observer
 from fasttower_kernels.backends import choose_backend
 from fasttower_kernels.known_positives import KnownPositives
 from fasttower_kernels.tables import Interactions
@@ -92,15 +93,13 @@ def test_the_trainer_asks_for_it_in_its_steps_alone(deterministic, monkeypatch):
     monkeypatch.setattr(trainer, "run_steps", run_steps)
     monkeypatch.setattr(trainer, "choose_backend", lambda *_: ("triton", "for the test"))
     index = torch.zeros(3, dtype=torch.int32)
-    config = TrainingConfig(embedding_dim=4, batch_size=2, deterministic=deterministic)
-    known = KnownPositives.from_pairs(index, index, 1, 1)
-    trainer.train(
-        TwoTower(1, 1, 4),
-        Interactions(index, index),
-        known,
-        config,
-        l2=0.0,
-        epochs=2,
-        after_epoch=lambda _: seen.append(modes()[0]),
-    )
+    settings = {"embedding_dim": 4, "batch_size": 2, "epochs": 2, "deterministic": deterministic}
+    part, known = Interactions(index, index), KnownPositives.from_pairs(index, index, 1, 1)
+
+    class Watch(Observer):
+        def on_epoch(self, record):
+            seen.append(modes()[0])
+
+    config = TrainingConfig(**settings).resolved(3)
+    trainer.Trainer(TrainingData(part, part, None, known), config, observer=Watch()).train()
     assert seen == [deterministic, False] * 2

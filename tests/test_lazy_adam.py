@@ -9,8 +9,10 @@ import torch
 from fasttower.config import TrainingConfig
 from fasttower.training.data import TrainingData
 from fasttower.training.trainer import Trainer
-from fasttower_kernels.adam import catch_up, lazy_adam_step
+from fasttower_kernels.adam import BETA_1, BETA_2, EPSILON, catch_up, lazy_adam_step
+from fasttower_kernels.adam.lazy_reference import MOST_REPLAYED
 from fasttower_kernels.adam.reference import adam_step
+from fasttower_kernels.adam.replay_nodes import NODES, replay_nodes
 from fasttower_kernels.errors import FastTowerError
 from fasttower_kernels.known_positives import KnownPositives
 from fasttower_kernels.sampled_bce import LossSettings
@@ -183,6 +185,41 @@ def test_a_row_that_waits_for_long():
     for ours, right in zip((lazy[0], *lazy[2:]), (dense[0], *dense[2:]), strict=True):
         for one, other in zip(ours, right, strict=True):
             torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=0)
+
+
+def test_a_few_terms_are_the_updates_that_a_row_missed():
+    """For all gaps, and gradients from none to large beside epsilon; in float32, as the kernels do it."""
+    terms = torch.arange(1, MOST_REPLAYED + 1, dtype=torch.float64)
+    roots = torch.cat([torch.zeros(1), 10.0 ** torch.arange(-12, 2)]).double()[:, None]
+    for count in (MOST_REPLAYED, 1000, 10**6):
+        correction = 1 - BETA_2**count
+
+        def summed(growth, weights, correction=correction):
+            return (weights / (roots / (correction + growth).sqrt() + EPSILON)).cumsum(1)
+
+        growth = BETA_2**-terms - 1
+        exact = summed(growth, BETA_1**terms / (1 - BETA_1 ** (count + terms)))
+        nodes = replay_nodes().double()
+        torch.testing.assert_close(nodes[:MOST_REPLAYED, 0], growth, rtol=1e-7, atol=0)
+        torch.testing.assert_close(nodes[:MOST_REPLAYED, 1], BETA_1**terms, rtol=1e-7, atol=0)
+        for gap in range(1, MOST_REPLAYED + 1):
+            some = nodes[MOST_REPLAYED + NODES * (gap - 1) :][:NODES]
+            torch.testing.assert_close(summed(*some.T)[:, -1], exact[:, gap - 1], rtol=6e-8, atol=0)
+
+
+def test_on_a_gpu_each_table_goes_by_its_size():
+    def lazy(users, items, batch_size, optimiser="auto", dim=64):
+        settings = StepSettings(LossSettings(10), 0.01, batch_size, 0, optimiser)
+        return settings.lazy_tables(Tables(torch.empty(users, dim), torch.empty(items, dim)))
+
+    assert lazy(138_493, 26_744, 1024) == (True, True)
+    assert lazy(138_493, 26_744, 8192) == lazy(138_493, 26_744, 65_536) == (True, False)
+    assert lazy(138_493, 26_744, 262_144) == (False, False)
+    assert lazy(1000, 10**6, 1024) == (False, True)
+    assert lazy(6040, 3706, 1024) == (False, False)
+    assert lazy(6040, 3706, 1024, "lazy_adam") == (True, True)
+    assert lazy(138_493, 26_744, 1024, "adam") == (False, False)
+    assert lazy(0, 0, 1) == (False, False)
 
 
 def test_auto_goes_by_the_sizes():

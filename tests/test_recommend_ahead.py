@@ -3,11 +3,15 @@
 import threading
 import time
 
+import numpy as np
+import polars as pl
 import pytest
 import torch
+from topk_oracle import integers, random_seen
 
 from fasttower.errors import FastTowerError
-from fasttower.retrieval import retriever
+from fasttower.model import TwoTower
+from fasttower.retrieval import Retriever, retriever
 from fasttower.retrieval.ahead import one_ahead
 from fasttower_kernels.topk import TopKSearch
 
@@ -121,3 +125,30 @@ def test_a_wrong_argument_is_raised_from_the_thread_as_it_is(run, blocks_of_thre
 def test_a_cpu_searches_block_after_block():
     assert retriever._mapping(torch.device("cpu")) is map
     assert retriever._mapping(torch.device("cuda")) is one_ahead
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+@pytest.mark.parametrize("scoring", ["float32", "tf32", "bfloat16"])
+def test_a_gpu_recommends_what_the_cpu_does(monkeypatch, scoring):
+    monkeypatch.setattr(retriever, "_BLOCK_SLOTS", 500)
+    model = TwoTower(1007, 900, 4)
+    generator = np.random.default_rng(0)
+    with torch.no_grad():
+        for table in (model.user_tower.vectors, model.item_tower.vectors, model.item_bias):
+            table.copy_(integers(generator, -9, 10, *table.shape))
+    seen = random_seen(generator, 1007, 900, 0.05)
+    users, items = (
+        pl.DataFrame({f"{kind}_id": range(count), f"{kind}_index": range(count)})
+        for kind, count in (("user", 1007), ("item", 900))
+    )
+
+    def frame(device):
+        model.to(device)
+        asked = Retriever(model, users, items, seen.to(device))
+        return pl.concat(asked.recommend(k=10, scoring=scoring if device == "cuda" else "float32"))
+
+    right = frame("cpu")
+    assert frame("cuda").equals(right)
+    # What the caller's own stream is still writing is waited for.
+    with torch.cuda.stream(torch.cuda.Stream()):
+        assert frame("cuda").equals(right)

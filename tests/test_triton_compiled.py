@@ -3,6 +3,7 @@
 Compiled in a process of their own: `TRITON_INTERPRET`, read when a kernel is decorated, would turn it off.
 """
 
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -15,16 +16,21 @@ import pytest
 pytestmark = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="Triton is not installed")
 
 ROOT = Path(__file__).parent.parent
-STEP, LAZY = "step, exclusion by bitmap", "lazy adam, exclusion by bitmap"
-KERNELS = [f"{name}{dtype}" for name in (STEP, LAZY, "adam") for dtype in ("", ", bfloat16")]
-VECTORS_A_STEP = 6  # the user, the positive, and a quad of negatives
+STEP, LAZY = "step, exclusion by bitmaps", "lazy adam, exclusion by bitmaps"
+LAZY_USERS = "lazy adam, only users"
+OTHERS = ("step, exclusion by filters", "adam", "segments (deterministic)", "partials (deterministic)")
+KERNELS = [f"{name}{dtype}" for name in (STEP, LAZY, LAZY_USERS, *OTHERS) for dtype in ("", ", bfloat16")]
+WHOLE_TABLES = {"adam": 2, LAZY_USERS: 1, "lazy adam, only items": 1}
+LAZY_TABLES = {LAZY_USERS: 1, "lazy adam, only items": 1, "lazy adam, all rows of users": 1}
+VECTORS_PER_STEP = 6  # the user, the positive, and a quad of negatives
 
 
 def compiled(*arguments):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    paths = [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
     run = subprocess.run(
         [sys.executable, "-m", "benchmarks.compiled_kernels", "--json", *arguments],
-        env=environment | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])},
+        env=environment | {"PYTHONPATH": os.pathsep.join(paths)},
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -37,36 +43,44 @@ def compiled(*arguments):
 def check(figures):
     name = f"{figures['kernel']}, dim {figures['dim']}, {figures['target']}: {figures}"
     assert figures["local_bytes"] == 0, name
-    assert figures["registers"] <= 128, name
+    # For 16 warps a multiprocessor of an NVIDIA GPU; on AMD's, for 3 waves a SIMD.
+    assert figures["registers"] <= (168 if figures["target"] == "gfx942" else 128), name
     rounded = figures["kernel"].endswith(", bfloat16")
     # A thread has 4 elements of a vector, whose gradients it adds: 16 bytes, or 8.
     vector_loads = figures["loads_8_bytes" if rounded else "loads_16_bytes"]
     if not figures["kernel"].startswith("step"):
         assert figures["vector_adds"] == figures["scalar_adds"] == 0, name
-        if figures["kernel"].startswith("lazy adam"):
-            # Four arrays of users and items, with the negatives' loop for all items of a program.
-            assert figures["loads_16_bytes"] == 2 * 4, name
-        elif figures["kernel"].startswith("adam"):
-            # Four arrays of each of the two tables, and 4 floats at a time of the elements of a thread.
-            four = rounded or figures["target"] == "gfx942"
-            assert figures["loads_16_bytes"] == 2 * 4 * (1 if four else 2), name
-            assert figures["shared_bytes"] == 0, name
+        if "adam" in figures["kernel"]:
+            # Four arrays of each table. Of a whole one a thread has 8 elements, 4 where they are rounded; of
+            # a lazy one 4, with one loop for all items of a program. AMD's may load more, of other things.
+            kernel = figures["kernel"].removesuffix(", bfloat16")
+            whole = WHOLE_TABLES.get(kernel, 0)
+            lazy = LAZY_TABLES.get(kernel, 2) if kernel != "adam" else 0
+            amd = figures["target"] == "gfx942"
+            four = rounded or (amd and kernel == "adam")
+            loads = 4 * lazy + 4 * whole * (1 if four else 2)
+            assert figures["loads_16_bytes"] == loads or (amd and figures["loads_16_bytes"] > loads), name
+            assert figures["shared_bytes"] == 0 or (amd and lazy), name
         else:
             assert figures["loads_16_bytes"] + figures["loads_8_bytes"] > 0, name
         return
-    assert vector_loads >= VECTORS_A_STEP, name
-    vectors, biases = VECTORS_A_STEP, VECTORS_A_STEP - 1
+    assert vector_loads >= VECTORS_PER_STEP, name
+    vectors, biases = VECTORS_PER_STEP, VECTORS_PER_STEP - 1
     if figures["target"] in ("sm_90", "sm_100"):
-        # Vectors are added 4 floats at a time, biases alone; and a program never waits at a barrier.
+        # Vectors are added 4 floats at a time, biases one at a time.
         assert (figures["vector_adds"], figures["scalar_adds"]) == (vectors, biases), name
-        assert figures["shared_bytes"] == 0, name
+        # No program waits at a barrier, but before 3.5 Triton hands blocks of a word per positive from one
+        # layout to another through shared memory.
+        old = tuple(map(int, importlib.metadata.version("triton").split(".")[:2])) < (3, 5)
+        assert figures["shared_bytes"] <= (8 if old else 0), name
     else:
         assert figures["scalar_adds"] == 4 * vectors + biases, name
 
 
-def test_kernels():
-    figures = compiled("--dims", "64", "--targets", "sm_80", "sm_90", "gfx942", "--kernels", *KERNELS)
-    assert len(figures) == 6 * 3
+@pytest.mark.parametrize("targets", [("sm_80", "sm_90"), ("gfx942",)], ids=["nvidia", "amd"])
+def test_kernels(targets):
+    figures = compiled("--dims", "64", "--targets", *targets, "--kernels", *KERNELS)
+    assert len(figures) == len(KERNELS) * len(targets)
     for one in figures:
         check(one)
 
@@ -74,6 +88,6 @@ def test_kernels():
 @pytest.mark.slow
 def test_all_kernels():
     figures = compiled()
-    assert len(figures) == (11 + 10) * 3 * 4
+    assert len(figures) == (15 + 14) * 3 * 4
     for one in figures:
         check(one)

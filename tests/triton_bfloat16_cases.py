@@ -20,6 +20,7 @@ from triton_interpreter_cases import (
     lazy_example,
     make_batch,
     make_tables,
+    plan_of,
 )
 
 from fasttower_kernels import triton_tiles
@@ -28,6 +29,7 @@ from fasttower_kernels.tables import Tables
 from fasttower_kernels.train_steps import StepSettings, TrainState, device_memory
 from fasttower_kernels.train_steps import reference as steps_reference
 from fasttower_kernels.train_steps import triton_gpu as steps_triton
+from fasttower_kernels.train_steps.state import LazyTables
 
 BFLOAT16 = replace(SETTINGS, table_dtype="bfloat16")
 EDGE = 64
@@ -88,7 +90,7 @@ def in_float64(state):
 
 def check_copies(state):
     """The tables that the loss reads are the masters, rounded."""
-    plan = steps_triton._plans[id(state)]
+    plan = plan_of(state)
     assert plan.read.users.equal(state.parameters.users.bfloat16())
     assert plan.read.items.equal(state.parameters.items.bfloat16())
     assert plan.read.item_bias is state.parameters.item_bias
@@ -132,14 +134,22 @@ def test_single_steps(dim, bias, optimiser, deterministic):
 
 
 @pytest.mark.parametrize(
-    ("optimiser", "deterministic"), [("adam", False), ("adam", True), ("lazy_adam", False)]
+    ("lazy", "deterministic"),
+    [
+        (LazyTables(False, False), False),
+        (LazyTables(False, False), True),
+        (LazyTables(True, True), False),
+        (LazyTables(True, False), False),
+        (LazyTables(False, True), False),
+    ],
 )
-def test_steps_of_one_call(monkeypatch, optimiser, deterministic):
+def test_steps_of_one_call(monkeypatch, lazy, deterministic):
     """The loss of a step reads what the step before has written; lazy rows are caught up when it does."""
+    monkeypatch.setattr(StepSettings, "lazy_tables", lambda *_: lazy)
     # Two positives a program, so that rows are wanted by several programs.
     monkeypatch.setitem(triton_tiles.TILES, 8, triton_tiles.Tile(2, 1))
     interactions, known = lazy_example(5, 4)
-    settings = StepSettings(LossSettings(2, l2=0.01), 0.05, 4, 7, optimiser, "bfloat16")
+    settings = StepSettings(LossSettings(2, l2=0.01), 0.05, 4, 7, table_dtype="bfloat16")
     tables = make_tables(5, num_users=10, num_items=47)
     state = TrainState.start(Tables(*(table.clone() for table in tables)))
     oracle = in_float64(state)
@@ -169,7 +179,7 @@ def test_updates_too_small_for_bfloat16_add_up(optimiser):
     assert float(moved.max()) < 4e-5
     torch.testing.assert_close(state.parameters.users.double(), oracle.parameters.users, rtol=0, atol=5e-7)
     check_copies(state)
-    assert bool((steps_triton._plans[id(state)].read.users == 1).all())
+    assert bool((plan_of(state).read.users == 1).all())
 
 
 @pytest.mark.usefixtures("large_programs")
@@ -177,11 +187,11 @@ def test_float32_has_no_copies():
     state = TrainState.start(make_tables(4))
     for settings in (BFLOAT16, SETTINGS):
         steps_triton.run_steps(state, make_batch(5), None, settings, first_step=0, num_steps=1)
-    plan = steps_triton._plans[id(state)]
+    plan = plan_of(state)
     assert plan.rounded is None
     assert plan.bce.arguments["users_ptr"] is state.parameters.users
     assert plan.bce.arguments["items_ptr"] is state.parameters.items
-    assert plan.adam.arguments["rounded_users_ptr"] is plan.adam.arguments["rounded_items_ptr"] is None
+    assert plan.update.arguments["rounded_users_ptr"] is plan.update.arguments["rounded_items_ptr"] is None
 
 
 def test_room():

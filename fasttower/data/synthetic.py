@@ -37,7 +37,17 @@ from numpy.typing import ArrayLike, NDArray
 from fasttower.errors import FastTowerError
 from fasttower_kernels.philox import Purpose, derive_key
 
-__all__ = ["SHAPES", "Planted", "Shape", "SyntheticData", "generate", "generate_shape", "write_csv"]
+__all__ = [
+    "SHAPES",
+    "Planted",
+    "Shape",
+    "SyntheticData",
+    "generate",
+    "generate_shape",
+    "popularity",
+    "ratings_per_user",
+    "write_csv",
+]
 
 Floats: TypeAlias = NDArray[np.float32]
 Doubles: TypeAlias = NDArray[np.float64]
@@ -216,7 +226,7 @@ def generate_shape(shape: Shape, seed: int) -> SyntheticData:
     """Draw a synthetic data set of any shape; see `generate`."""
     rng = np.random.Generator(np.random.PCG64(derive_key(seed, Purpose.SYNTHETIC)))
     planted = _plant(shape, rng)
-    counts = _ratings_per_user(shape, rng)
+    counts = ratings_per_user(shape, rng)
     item_quality = rng.normal(0.0, 0.45, shape.items)
     visits = _visits(shape, rng)
 
@@ -254,30 +264,17 @@ def write_csv(data: SyntheticData, path: str | Path) -> None:
         raise FastTowerError(f"can't write {path} ({error}): name a file in an existing folder") from error
 
 
-def _plant(shape: Shape, rng: np.random.Generator) -> Planted:
+def popularity(shape: Shape) -> Doubles:
+    """The chances of the items, the most popular one first: (I,), float64, sum 1."""
     ranks = np.arange(1, shape.items + 1) / shape.items + shape.popularity_offset
-    popularity = np.ones(shape.items)
+    chances = np.ones(shape.items)
     for _ in range(shape.popularity_exponent):
-        popularity /= ranks
-    popularity = rng.permutation(popularity / popularity.sum())
-    spread: Doubles = np.arange(1.0, NUM_FACTORS + 1) ** -shape.factor_decay
-    return Planted(
-        _factors(shape.users, spread, rng),
-        _factors(shape.items, np.ones(NUM_FACTORS), rng),
-        popularity.astype(np.float32),
-        shape.strength / float(np.sqrt(np.square(spread).sum())),
-    )
+        chances /= ranks
+    return chances / chances.sum()
 
 
-def _factors(rows: int, spread: Doubles, rng: np.random.Generator) -> Floats:
-    """(rows, D) float32, normal with standard deviations `spread`, in whole sixteenths."""
-    steps = np.rint(rng.standard_normal((rows, NUM_FACTORS)) * spread * FACTOR_STEPS)
-    limit = FACTOR_LIMIT * FACTOR_STEPS
-    return (np.clip(steps, -limit, limit) / FACTOR_STEPS).astype(np.float32)
-
-
-def _ratings_per_user(shape: Shape, rng: np.random.Generator) -> NDArray[np.int64]:
-    """(U,) int64 with the sum `shape.ratings`: the minimum, and a capped log-normal number beyond it."""
+def ratings_per_user(shape: Shape, rng: np.random.Generator) -> NDArray[np.int64]:
+    """(U,), int64, with the sum `shape.ratings`: the minimum, and a capped log-normal number beyond it."""
     spare = shape.ratings - shape.users * shape.min_ratings
     if spare == 0:
         return np.full(shape.users, shape.min_ratings)
@@ -289,6 +286,24 @@ def _ratings_per_user(shape: Shape, rng: np.random.Generator) -> NDArray[np.int6
     ends = np.rint(np.cumsum(extra) * (spare / extra.sum())).astype(np.int64)
     ends[-1] = spare
     return shape.min_ratings + np.diff(ends, prepend=0)
+
+
+def _plant(shape: Shape, rng: np.random.Generator) -> Planted:
+    popularities = rng.permutation(popularity(shape))
+    spread: Doubles = np.arange(1.0, NUM_FACTORS + 1) ** -shape.factor_decay
+    return Planted(
+        _factors(shape.users, spread, rng),
+        _factors(shape.items, np.ones(NUM_FACTORS), rng),
+        popularities.astype(np.float32),
+        shape.strength / float(np.sqrt(np.square(spread).sum())),
+    )
+
+
+def _factors(rows: int, spread: Doubles, rng: np.random.Generator) -> Floats:
+    """(rows, D) float32, normal with standard deviations `spread`, in whole sixteenths."""
+    steps = np.rint(rng.standard_normal((rows, NUM_FACTORS)) * spread * FACTOR_STEPS)
+    limit = FACTOR_LIMIT * FACTOR_STEPS
+    return (np.clip(steps, -limit, limit) / FACTOR_STEPS).astype(np.float32)
 
 
 def _choices(

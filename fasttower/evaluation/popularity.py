@@ -26,11 +26,11 @@ def most_popular(
     Args:
         known_positives: the pairs of fit: what is counted and, with `filter_seen`, what is left out.
         user_index: (R,), int32 or int64: the users to recommend to.
-        k: K, items wanted a user, at least 1.
+        k: K, items wanted per user, at least 1.
         filter_seen: leave out what the user has touched.
 
     Returns:
-        Items (R, K) and counts (R, K), as `top_k` gives them. Counts are exact up to 2**24 users an item.
+        Items (R, K) and counts (R, K), as `top_k` gives them. Counts are exact up to 2**24 users per item.
     """
     counts = item_popularity(known_positives)
     return top_k(

@@ -206,5 +206,5 @@ def write_json(path: Path, values: Mapping[str, object]) -> None:
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     save_file(tensors, path)
-    # safetensors lets the owner alone read what it writes; whoever may read the rest may read this.
+    # safetensors lets only the owner read what it writes; whoever may read the rest may read this.
     shutil.copymode(path.parent / "config.json", path)

@@ -20,6 +20,9 @@ Backend = Literal["auto", "triton", "numba", "torch"]
 # The device that a backend runs on, and the package that it needs.
 _NEEDS = {"numba": ("cpu", "numba"), "triton": ("cuda", "triton")}
 
+OLDEST_TRITON = (3, 3)
+"""Kernels hold the negatives of a quad in tuples, which Triton compiles from this version on."""
+
 # The file of an operator that holds a backend.
 _MODULES = {"numba": "numba_cpu", "triton": "triton_gpu", "torch": "reference"}
 
@@ -40,20 +43,35 @@ def choose_backend(backend: Backend, device: torch.device) -> tuple[str, str]:
     if backend == "torch":
         return "torch", "asked for"
     if backend == "auto":
-        for name, (needed_device, package) in _NEEDS.items():
-            if device.type == needed_device and importlib.util.find_spec(package):
+        for name, (needed_device, _) in _NEEDS.items():
+            if device.type == needed_device:
+                if lack := _lack(name):
+                    return "torch", f"no fused backend for {device.type} here: {name} {lack}"
                 return name, f"the fastest on {device.type}"
-        return "torch", f"no fused backend for {device.type} here"
+        return "torch", f"no fused backend for {device.type}"
     if backend not in _NEEDS:
         raise FastTowerError(f"backend is {backend!r}; this version has auto, torch and {', '.join(_NEEDS)}.")
-    needed_device, package = _NEEDS[backend]
+    needed_device, _ = _NEEDS[backend]
     if device.type != needed_device:
         raise FastTowerError(
             f"backend {backend} runs on {needed_device}, not {device.type}; choose auto or torch."
         )
-    if not importlib.util.find_spec(package):
-        raise FastTowerError(f"backend {backend} needs the package {package}, which is not installed.")
+    if lack := _lack(backend):
+        raise FastTowerError(f"backend {backend} {lack}; choose auto or torch.")
     return backend, "asked for"
+
+
+def _lack(name: str) -> str | None:
+    """What keeps a backend from running on its device."""
+    package = _NEEDS[name][1]
+    if not importlib.util.find_spec(package):
+        return f"needs the package {package}, which is not installed"
+    if package == "triton":
+        version: str = importlib.import_module(package).__version__
+        if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TRITON:
+            oldest = ".".join(map(str, OLDEST_TRITON))
+            return f"needs Triton {oldest}, which comes with torch 2.7 for CUDA, or newer; found {version}"
+    return None
 
 
 def implementation(operator: str, backend: Backend, device: torch.device) -> ModuleType:

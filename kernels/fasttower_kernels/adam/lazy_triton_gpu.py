@@ -2,19 +2,15 @@
 
 Each row has a stamp s: it has seen the updates of the epoch before number s (counted from 0), and the
 gradient of update s waits in the gradients, zero if there was none. To catch up with update ``now`` is to
-take update s with that gradient, and then those up to ``now - 1`` without one, by the rule of
-`lazy_reference`: the first `MOST_REPLAYED` of them in registers, the decay of the moments in closed form.
-So a row is read and written once each time that it is used, 32 bytes a parameter, and rows that are not
-used cost nothing.
-
-Replaying is no memory traffic but time: of a parameter that is used every R-th update, R - 1 terms, some 15
-instructions each. An H100 does them at about 5% of the time that a dense update takes to move its 32 bytes
-from and to memory (arithmetic, not a measurement). A single row waits up to `MOST_REPLAYED` terms, one
-after another.
+take update s with that gradient, and then those up to ``now - 1`` without one, in registers: the sum that
+moves the parameters with the terms of `replay_nodes`, the decay of the moments in closed form. So a row is
+read and written once each time that it is used, 32 bytes per parameter, and rows that are not used cost
+nothing. A table without stamps is not lazy, and left alone here.
 """
 
 # Constants of a kernel are written in capitals, and arguments get their types when it is launched.
-# ruff: noqa: ANN001, ANN201, N803
+# What is None is decided when a kernel is compiled, and gets a condition of its own: SIM102.
+# ruff: noqa: ANN001, ANN201, N803, SIM102
 # mypy: disallow-untyped-defs=False
 
 from __future__ import annotations
@@ -28,16 +24,34 @@ from torch import Tensor
 
 from fasttower_kernels.adam.lazy_reference import MOST_REPLAYED
 from fasttower_kernels.adam.reference import BETA_1, BETA_2, EPSILON
+from fasttower_kernels.adam.replay_nodes import NODES, replay_nodes
 from fasttower_kernels.adam.triton_gpu import store_parameters, table_arguments, updated
 from fasttower_kernels.tables import Tables
 from fasttower_kernels.triton_launch import Launch
 from fasttower_kernels.triton_tiles import tile_of, warp_lanes
 
-_BETA_1 = tl.constexpr(BETA_1)
-_ROOT_OF_BETA_2 = tl.constexpr(math.sqrt(BETA_2))
+_LOG2_OF_BETA_1 = tl.constexpr(math.log2(BETA_1))
 _EPSILON = tl.constexpr(EPSILON)
 _MOST_REPLAYED = tl.constexpr(MOST_REPLAYED)
-_UNROLLED = tl.constexpr(2)
+_NODES = tl.constexpr(NODES)
+_MANY_UPDATES = tl.constexpr(1 << 20)  # and more: beta_1 to that power is 0
+
+
+@triton.jit
+def epoch_clock(counters_ptr, steps):
+    """Where the updates are after the last step.
+
+    Args:
+        counters_ptr: (2,), int64; the second says how many steps there were.
+        steps: of an epoch.
+
+    Returns:
+        How many updates there were, int64; how many of them in this epoch, int32; and how many before it,
+        int32, `_MANY_UPDATES` for more.
+    """
+    count = tl.load(counters_ptr + 1)
+    now = ((count - 1).to(tl.uint32) % steps.to(tl.uint32)).to(tl.int32) + 1
+    return count, now, tl.minimum(count - now, _MANY_UPDATES).to(tl.int32)
 
 
 @triton.jit
@@ -51,7 +65,9 @@ def catch_up_rows(
     mask,
     stamp,
     behind,
+    earlier,
     rates_ptr,
+    nodes_ptr,
     decays_ptr,
 ):
     """Bring elements of rows that no other program has up to date, and zero their gradients.
@@ -66,45 +82,47 @@ def catch_up_rows(
         mask: which of them.
         stamp: int32 block that broadcasts to the offsets: s.
         behind: likewise ``now - s``; 1 or more where the mask is set, 0 elsewhere.
+        earlier: int32 scalar, of `epoch_clock`: updates before the epoch.
         rates_ptr: (updates, 2), float32, of `step_rates`.
+        nodes_ptr: of `replay_nodes`.
         decays_ptr: (updates, 2), float32, of `decays`.
     """
     p = tl.load(parameters_ptr + offsets, mask=mask, other=0.0)
     g = tl.load(gradients_ptr + offsets, mask=mask, other=0.0)
     m = tl.load(moments_1_ptr + offsets, mask=mask, other=0.0)
     v = tl.load(moments_2_ptr + offsets, mask=mask, other=0.0)
-    own_rate_ptr = rates_ptr + 2 * stamp
     wanted = behind > 0
-    step_size = tl.load(own_rate_ptr, mask=wanted, other=0.0)
-    inverse_root = tl.load(own_rate_ptr + 1, mask=wanted, other=0.0)
+    step_size = tl.load(rates_ptr + 2 * stamp, mask=wanted, other=0.0)
+    inverse_root = tl.load(rates_ptr + 2 * stamp + 1, mask=wanted, other=1.0)
     p, m, v = updated(p, g, m, v, step_size, inverse_root)
 
-    root = tl.sqrt(v)
-    moved = tl.zeros_like(p)
-    # Nothing moves a row that never had a gradient.
-    replayed = tl.minimum(behind - 1, _MOST_REPLAYED)
-    most = tl.max(tl.where(m != 0.0, replayed + tl.zeros_like(offsets).to(tl.int32), 0))
-    k = 1
-    decay = 1.0
-    spread = 1.0
-    while k <= most:
-        # A row whose terms are done goes on with a step size of 0. Two at a time wait for their loads and
-        # divisions together; more would spill.
-        for _ in tl.static_range(_UNROLLED):
-            due = k <= replayed
-            step_size = tl.load(own_rate_ptr + 2 * k, mask=due, other=0.0)
-            inverse_root = tl.load(own_rate_ptr + 2 * k + 1, mask=due, other=0.0)
-            decay *= _BETA_1
-            spread *= _ROOT_OF_BETA_2
-            moved += (step_size * decay) * m / (root * (inverse_root * spread) + _EPSILON)
-            k += 1
+    # What the loop does not need is stored before it, and leaves its registers.
     closing_ptr = decays_ptr + 2 * (behind - 1)
-    m *= tl.load(closing_ptr, mask=wanted, other=0.0)
-    v *= tl.load(closing_ptr + 1, mask=wanted, other=0.0)
-    store_parameters(parameters_ptr, rounded_ptr, offsets, mask, p - moved)
+    root = tl.sqrt(v)
     tl.store(gradients_ptr + offsets, tl.zeros_like(g), mask=mask)
-    tl.store(moments_1_ptr + offsets, m, mask=mask)
-    tl.store(moments_2_ptr + offsets, v, mask=mask)
+    tl.store(moments_2_ptr + offsets, v * tl.load(closing_ptr + 1, mask=wanted, other=0.0), mask=mask)
+
+    own = earlier + stamp + 1  # n of `replay_nodes`
+    replayed = tl.minimum(behind - 1, _MOST_REPLAYED)
+    one_by_one = own < _MOST_REPLAYED
+    terms = tl.where(one_by_one, replayed, tl.minimum(replayed, _NODES))
+    first = tl.where(one_by_one, 0, _MOST_REPLAYED + _NODES * (replayed - 1))
+    # Nothing moves a row that never had a gradient.
+    most = tl.max(tl.where(m != 0.0, terms + tl.zeros_like(offsets).to(tl.int32), 0))
+    decayed = tl.exp2(own.to(tl.float32) * _LOG2_OF_BETA_1)  # beta_1**n
+    learning_rate = step_size * (1.0 - decayed)
+    correction = 1.0 / (inverse_root * inverse_root)  # 1 - beta_2**n
+    moved = tl.zeros_like(p)
+    for term in range(most):
+        # A row whose terms are done adds 0.
+        due = term < terms
+        node_ptr = nodes_ptr + 2 * (first + term)
+        growth = tl.load(node_ptr, mask=due, other=0.0)
+        weight = tl.load(node_ptr + 1, mask=due, other=0.0)
+        scale = learning_rate * weight / (1.0 - weight * decayed)
+        moved += scale / (root * tl.rsqrt(correction + growth) + _EPSILON)
+    store_parameters(parameters_ptr, rounded_ptr, offsets, mask, p - m * moved)
+    tl.store(moments_1_ptr + offsets, m * tl.load(closing_ptr, mask=wanted, other=0.0), mask=mask)
 
 
 @triton.jit
@@ -119,10 +137,12 @@ def catch_up_table_rows(
     bias_moments_2_ptr,
     rounded_ptr,
     rates_ptr,
+    nodes_ptr,
     decays_ptr,
     row,
     stamp,
     behind,
+    earlier,
     WIDTH: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -139,10 +159,12 @@ def catch_up_table_rows(
         bias_moments_2_ptr: second moment.
         rounded_ptr: (rows, WIDTH), as in `catch_up_rows`.
         rates_ptr: likewise.
+        nodes_ptr: likewise.
         decays_ptr: likewise.
         row: int64 block.
         stamp: int32 block, s of each row.
         behind: int32 block, ``now - s``; 0 for a row that stays as it is.
+        earlier: as in `catch_up_rows`.
         WIDTH: the padded width of a row.
         BLOCK_D: the power of two from it.
     """
@@ -157,7 +179,9 @@ def catch_up_table_rows(
         (behind > 0)[:, None] & (d < WIDTH)[None, :],
         stamp[:, None],
         behind[:, None],
+        earlier,
         rates_ptr,
+        nodes_ptr,
         decays_ptr,
     )
     if bias_ptr is not None:
@@ -171,7 +195,9 @@ def catch_up_table_rows(
             behind > 0,
             stamp,
             behind,
+            earlier,
             rates_ptr,
+            nodes_ptr,
             decays_ptr,
         )
 
@@ -195,6 +221,7 @@ def catch_up_kernel(
     user_stamps_ptr,
     item_stamps_ptr,
     rates_ptr,
+    nodes_ptr,
     decays_ptr,
     counters_ptr,
     num_users,
@@ -204,7 +231,7 @@ def catch_up_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Bring all rows to where dense Adam has them after the steps so far.
+    """Bring all rows of the lazy tables to where dense Adam has them after the steps so far.
 
     Args:
         users_ptr: as in `adam_kernel`, like all of the tables.
@@ -221,64 +248,70 @@ def catch_up_kernel(
         bias_moments_2_ptr: second moment.
         rounded_users_ptr: or None, like the next.
         rounded_items_ptr: of the items.
-        user_stamps_ptr: (U,), int32; they are old when this is done.
+        user_stamps_ptr: (U,), int32, left as they are; or None.
         item_stamps_ptr: (I,), int32, likewise.
         rates_ptr: (steps, 2), of `step_rates`.
+        nodes_ptr: of `replay_nodes`.
         decays_ptr: (steps, 2), of `decays`.
-        counters_ptr: (2,), int64; the second says how many steps there were.
+        counters_ptr: as in `epoch_clock`.
         num_users: U.
         num_items: I.
         steps: of an epoch.
         WIDTH: the padded width of a row.
         BLOCK_D: the power of two from it.
-        BLOCK_R: rows a program.
+        BLOCK_R: rows per program.
     """
     program = tl.program_id(0)
-    last = (tl.load(counters_ptr + 1) - 1).to(tl.uint32) % steps.to(tl.uint32)
-    now = last.to(tl.int32) + 1
-    user_programs = (num_users + BLOCK_R - 1) // BLOCK_R
-    if program < user_programs:
-        row = program.to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-        stamp = tl.load(user_stamps_ptr + row, mask=row < num_users, other=now)
-        catch_up_table_rows(
-            users_ptr,
-            user_gradients_ptr,
-            user_moments_1_ptr,
-            user_moments_2_ptr,
-            None,
-            None,
-            None,
-            None,
-            rounded_users_ptr,
-            rates_ptr,
-            decays_ptr,
-            row,
-            stamp,
-            now - stamp,
-            WIDTH,
-            BLOCK_D,
-        )
-    else:
-        row = (program - user_programs).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-        stamp = tl.load(item_stamps_ptr + row, mask=row < num_items, other=now)
-        catch_up_table_rows(
-            items_ptr,
-            item_gradients_ptr,
-            item_moments_1_ptr,
-            item_moments_2_ptr,
-            bias_ptr,
-            bias_gradients_ptr,
-            bias_moments_1_ptr,
-            bias_moments_2_ptr,
-            rounded_items_ptr,
-            rates_ptr,
-            decays_ptr,
-            row,
-            stamp,
-            now - stamp,
-            WIDTH,
-            BLOCK_D,
-        )
+    _, now, earlier = epoch_clock(counters_ptr, steps)
+    if user_stamps_ptr is not None:
+        if program < (num_users + BLOCK_R - 1) // BLOCK_R:
+            row = program.to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+            stamp = tl.load(user_stamps_ptr + row, mask=row < num_users, other=now)
+            catch_up_table_rows(
+                users_ptr,
+                user_gradients_ptr,
+                user_moments_1_ptr,
+                user_moments_2_ptr,
+                None,
+                None,
+                None,
+                None,
+                rounded_users_ptr,
+                rates_ptr,
+                nodes_ptr,
+                decays_ptr,
+                row,
+                stamp,
+                now - stamp,
+                earlier,
+                WIDTH,
+                BLOCK_D,
+            )
+        program -= (num_users + BLOCK_R - 1) // BLOCK_R
+    if item_stamps_ptr is not None:
+        if program >= 0:
+            row = program.to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+            stamp = tl.load(item_stamps_ptr + row, mask=row < num_items, other=now)
+            catch_up_table_rows(
+                items_ptr,
+                item_gradients_ptr,
+                item_moments_1_ptr,
+                item_moments_2_ptr,
+                bias_ptr,
+                bias_gradients_ptr,
+                bias_moments_1_ptr,
+                bias_moments_2_ptr,
+                rounded_items_ptr,
+                rates_ptr,
+                nodes_ptr,
+                decays_ptr,
+                row,
+                stamp,
+                now - stamp,
+                earlier,
+                WIDTH,
+                BLOCK_D,
+            )
 
 
 def decays(updates: int) -> Tensor:
@@ -293,10 +326,9 @@ def catch_up_launch(
     moments_1: Tables,
     moments_2: Tables,
     *,
-    user_stamps: Tensor,
-    item_stamps: Tensor,
+    user_stamps: Tensor | None,
+    item_stamps: Tensor | None,
     rates: Tensor,
-    decays: Tensor,
     counters: Tensor,
     rounded: Tables | None = None,
     lanes: int | None = None,
@@ -305,15 +337,17 @@ def catch_up_launch(
     num_users, width = parameters.users.shape
     num_items = len(parameters.items)
     block_d, tile = tile_of(width, lanes or warp_lanes())
+    rows = ((user_stamps, num_users), (item_stamps, num_items))
     return Launch(
         catch_up_kernel,
-        triton.cdiv(num_users, tile.rows) + triton.cdiv(num_items, tile.rows),
+        sum(triton.cdiv(count, tile.rows) for stamps, count in rows if stamps is not None),
         {
             **table_arguments(parameters, gradients, moments_1, moments_2, rounded),
             "user_stamps_ptr": user_stamps,
             "item_stamps_ptr": item_stamps,
             "rates_ptr": rates,
-            "decays_ptr": decays,
+            "nodes_ptr": replay_nodes().to(rates.device),
+            "decays_ptr": decays(len(rates)).to(rates.device),
             "counters_ptr": counters,
             "num_users": num_users,
             "num_items": num_items,

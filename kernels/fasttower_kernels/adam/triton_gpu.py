@@ -1,10 +1,11 @@
 """Dense Adam in Triton: one launch over all tables, which also zeroes the gradients.
 
-The floor is memory: four arrays read and four written, 32 bytes a parameter.
+The floor is memory: four arrays read and four written, 32 bytes per parameter.
 """
 
 # Constants of a kernel are written in capitals, and arguments get their types when it is launched.
-# ruff: noqa: N803, PLR5501
+# What is None is decided when a kernel is compiled, and gets a condition of its own: SIM102.
+# ruff: noqa: N803, SIM102
 # mypy: disallow-untyped-defs=False
 
 from __future__ import annotations
@@ -67,6 +68,112 @@ def _update(
     tl.store(moments_2_ptr + offsets, v, mask=mask)
 
 
+@triton.jit
+def update_tables(
+    program,
+    users_ptr,
+    user_gradients_ptr,
+    user_moments_1_ptr,
+    user_moments_2_ptr,
+    items_ptr,
+    item_gradients_ptr,
+    item_moments_1_ptr,
+    item_moments_2_ptr,
+    bias_ptr,
+    bias_gradients_ptr,
+    bias_moments_1_ptr,
+    bias_moments_2_ptr,
+    rounded_users_ptr,
+    rounded_items_ptr,
+    user_groups,
+    item_groups,
+    num_items,
+    step_size,
+    inverse_root,
+    USERS: tl.constexpr,
+    ITEMS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One update of whole tables; programs take the user table, then the item table, then the bias.
+
+    Args:
+        program: int32 scalar, from 0.
+        users_ptr: as in `adam_kernel`, like all that this does not name.
+        user_gradients_ptr: zeroed.
+        user_moments_1_ptr: first moment.
+        user_moments_2_ptr: second moment.
+        items_ptr: the item table.
+        item_gradients_ptr: zeroed.
+        item_moments_1_ptr: first moment.
+        item_moments_2_ptr: second moment.
+        bias_ptr: or None.
+        bias_gradients_ptr: zeroed.
+        bias_moments_1_ptr: first moment.
+        bias_moments_2_ptr: second moment.
+        rounded_users_ptr: or None, like the next.
+        rounded_items_ptr: of the items.
+        user_groups: U * P / GROUP.
+        item_groups: I * P / GROUP.
+        num_items: I.
+        step_size: float32 scalar, of `step_rates`.
+        inverse_root: float32 scalar, likewise.
+        USERS: whether to update the users.
+        ITEMS: whether to update the items and their bias.
+        GROUP: floats in 16 bytes.
+        BLOCK: elements per program.
+    """
+    index = tl.arange(0, BLOCK)
+    if USERS:
+        size = user_groups.to(tl.int64) * GROUP
+        programs = ((size + BLOCK - 1) // BLOCK).to(tl.int32)
+        if program < programs:
+            offsets = program.to(tl.int64) * BLOCK + index
+            _update(
+                users_ptr,
+                user_gradients_ptr,
+                user_moments_1_ptr,
+                user_moments_2_ptr,
+                rounded_users_ptr,
+                offsets,
+                offsets < size,
+                step_size,
+                inverse_root,
+            )
+        program -= programs
+    if ITEMS:
+        size = item_groups.to(tl.int64) * GROUP
+        programs = ((size + BLOCK - 1) // BLOCK).to(tl.int32)
+        if (program >= 0) & (program < programs):
+            offsets = program.to(tl.int64) * BLOCK + index
+            _update(
+                items_ptr,
+                item_gradients_ptr,
+                item_moments_1_ptr,
+                item_moments_2_ptr,
+                rounded_items_ptr,
+                offsets,
+                offsets < size,
+                step_size,
+                inverse_root,
+            )
+        program -= programs
+        if bias_ptr is not None:
+            if program >= 0:
+                offsets = program.to(tl.int64) * BLOCK + index
+                _update(
+                    bias_ptr,
+                    bias_gradients_ptr,
+                    bias_moments_1_ptr,
+                    bias_moments_2_ptr,
+                    None,
+                    offsets,
+                    offsets < num_items,
+                    step_size,
+                    inverse_root,
+                )
+
+
 @triton.jit(do_not_specialize=["user_groups", "item_groups", "num_items", "steps"])
 def adam_kernel(
     users_ptr,
@@ -92,7 +199,7 @@ def adam_kernel(
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One update of all tables; programs take the user table, then the item table, then the bias.
+    """One update of all tables.
 
     Args:
         users_ptr: (U, P), float32, 16-byte aligned like all tables.
@@ -117,59 +224,37 @@ def adam_kernel(
         num_items: I.
         steps: rows of the rates.
         GROUP: floats in 16 bytes.
-        BLOCK: elements a program.
+        BLOCK: elements per program.
     """
     program = tl.program_id(0)
-    user_size = user_groups.to(tl.int64) * GROUP
-    item_size = item_groups.to(tl.int64) * GROUP
-    user_programs = (user_size + BLOCK - 1) // BLOCK
-    item_programs = (item_size + BLOCK - 1) // BLOCK
     count = tl.load(counters_ptr + 1)
     rate = rates_ptr + 2 * ((count - 1).to(tl.uint32) % steps.to(tl.uint32))
-    step_size = tl.load(rate)
-    inverse_root = tl.load(rate + 1)
-    index = tl.arange(0, BLOCK)
-    if program < user_programs:
-        offsets = program.to(tl.int64) * BLOCK + index
-        _update(
-            users_ptr,
-            user_gradients_ptr,
-            user_moments_1_ptr,
-            user_moments_2_ptr,
-            rounded_users_ptr,
-            offsets,
-            offsets < user_size,
-            step_size,
-            inverse_root,
-        )
-    elif program < user_programs + item_programs:
-        offsets = (program - user_programs) * BLOCK + index
-        _update(
-            items_ptr,
-            item_gradients_ptr,
-            item_moments_1_ptr,
-            item_moments_2_ptr,
-            rounded_items_ptr,
-            offsets,
-            offsets < item_size,
-            step_size,
-            inverse_root,
-        )
-    else:
-        # Not an elif: this is decided when the kernel is compiled, the branches above when it runs.
-        if bias_ptr is not None:
-            offsets = (program - user_programs - item_programs) * BLOCK + index
-            _update(
-                bias_ptr,
-                bias_gradients_ptr,
-                bias_moments_1_ptr,
-                bias_moments_2_ptr,
-                None,
-                offsets,
-                offsets < num_items,
-                step_size,
-                inverse_root,
-            )
+    update_tables(
+        program,
+        users_ptr,
+        user_gradients_ptr,
+        user_moments_1_ptr,
+        user_moments_2_ptr,
+        items_ptr,
+        item_gradients_ptr,
+        item_moments_1_ptr,
+        item_moments_2_ptr,
+        bias_ptr,
+        bias_gradients_ptr,
+        bias_moments_1_ptr,
+        bias_moments_2_ptr,
+        rounded_users_ptr,
+        rounded_items_ptr,
+        user_groups,
+        item_groups,
+        num_items,
+        tl.load(rate),
+        tl.load(rate + 1),
+        USERS=True,
+        ITEMS=True,
+        GROUP=GROUP,
+        BLOCK=BLOCK,
+    )
     if program == 0:
         tl.store(counters_ptr, count)
 

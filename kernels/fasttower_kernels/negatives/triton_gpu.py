@@ -1,17 +1,22 @@
 """The sampling rule in Triton, four negatives at a time: one call of Philox makes four words.
 
-"Has the user touched it?" is answered by a users x items bitmap while that is small, one 32-byte sector a
-negative, and otherwise by a binary search in the user's row.
+Known positives are found by the bits of `membership`. All users have bitmaps as long as these leave room for
+the rest; beyond that, filters. A program waits for its trips to memory one after another, so their number
+counts. A bitmap answers in one trip, for four negatives at once: a sector of 32 bytes each, mostly from DRAM
+where the bitmaps are larger than the L2 cache. In a batch of 65,536 with 10 negatives these are 21 MB, 8
+microseconds at 2.8 TB/s, which other programs fill. A filter saves no more than the difference between a trip
+to DRAM and one to the L2 cache, about half of a trip, and adds the searches: in data of MovieLens 20M's shape
+(bitmaps 463 MB, filters 54 MB, which is an H100's whole L2 cache) 1% of the draws, and with two positives a
+program 8% of the quads, where the others of the warp wait, 0.7 trips a quad on average. At MovieLens 1M's
+shape the bitmaps, 2.8 MB, lie in the L2 cache anyway. This is arithmetic, not a measurement.
 """
 
 # Constants of a kernel are written in capitals, and arguments get their types when it is launched.
-# ruff: noqa: N803, N806
-# mypy: disallow-untyped-defs=False
+# ruff: noqa: N803
+# Tuples grow by an element a lane, in loops that are unrolled.
+# mypy: disallow-untyped-defs=False, disable-error-code="assignment"
 
 from __future__ import annotations
-
-import weakref
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -19,145 +24,104 @@ import triton.language as tl
 from torch import Tensor
 
 from fasttower_kernels.known_positives import KnownPositives
+from fasttower_kernels.membership_layout import Layout, layout_of, place
+from fasttower_kernels.negatives.membership_triton_gpu import any_of, exclusion_rows, touched, untouched
 from fasttower_kernels.negatives.reference import ATTEMPTS
 from fasttower_kernels.philox import Key
 from fasttower_kernels.triton_launch import Launch, device_scope, signed_word
 
 BITMAP_LIMIT_BYTES = 2 << 30
-"""The largest bitmap; MovieLens 20M's has 463 MB."""
+"""Up to this size of all bitmaps every user has one; MovieLens 20M's have 463 MB."""
 
 _BITMAP_SHARE = 4  # of the free memory, at most one part in this many
+_PAIRS_AT_ONCE = 1 << 24  # while bits are set, with about 1 GB to work in
 _BLOCK = 128
 _ATTEMPTS = tl.constexpr(ATTEMPTS)
-
-
-@dataclass(frozen=True)
-class Exclusion:
-    """What the kernels read to leave known positives out.
-
-    Attributes:
-        indptr: (U + 1,), int64.
-        items: (nnz,), int32.
-        bitmap: (U, W), int32, W = ceil(I / 32): bit ``i % 32`` of word ``i // 32`` says that the user has
-            touched item i. None where it would be too large.
-    """
-
-    indptr: Tensor
-    items: Tensor
-    bitmap: Tensor | None
-
-    def arguments(self) -> dict[str, object]:
-        """The arguments of a kernel that draws negatives."""
-        return {
-            "indptr_ptr": self.indptr,
-            "known_items_ptr": self.items,
-            "bitmap_ptr": self.bitmap,
-            "bitmap_words": 0 if self.bitmap is None else self.bitmap.shape[1],
-        }
-
 
 NO_EXCLUSION: dict[str, object] = {
     "indptr_ptr": None,
     "known_items_ptr": None,
-    "bitmap_ptr": None,
-    "bitmap_words": 0,
+    "bit_offsets_ptr": None,
+    "bits_ptr": None,
 }
-
-_exclusions: dict[int, Exclusion] = {}
 
 
 def exclusion_arguments(known_positives: KnownPositives | None) -> dict[str, object]:
-    """The kernel arguments that say what to leave out; a bitmap is built once for each `KnownPositives`."""
+    """The kernel arguments that say what to leave out, built at the first call and kept with the object.
+
+    Returns:
+        indptr_ptr: (U + 1,), int64; None, like the others, to leave nothing out.
+        known_items_ptr: (nnz,), int32.
+        bit_offsets_ptr: (U + 1,), int64, of the users' rows of bits; None where all rows are bitmaps.
+        bits_ptr: int32, the words of all rows.
+    """
     if known_positives is None:
         return NO_EXCLUSION
-    identity = id(known_positives)
-    if identity not in _exclusions:
-        limit = BITMAP_LIMIT_BYTES
-        if known_positives.items.is_cuda:
-            free, _ = torch.cuda.mem_get_info(known_positives.items.device)
-            limit = min(limit, free // _BITMAP_SHARE)
-        bitmap = build_bitmap(known_positives) if bitmap_bytes(known_positives) <= limit else None
-        _exclusions[identity] = Exclusion(known_positives.indptr, known_positives.items, bitmap)
-        weakref.finalize(known_positives, _exclusions.pop, identity, None)
-    return _exclusions[identity].arguments()
+    arguments: dict[str, object] | None = known_positives.__dict__.get("_exclusion_arguments")
+    if arguments is None:
+        layout = layout_of(known_positives, _bitmap_limit(known_positives.items.device))
+        arguments = {
+            "indptr_ptr": known_positives.indptr,
+            "known_items_ptr": known_positives.items,
+            "bit_offsets_ptr": None if layout.all_bitmaps else layout.offsets,
+            "bits_ptr": build_bits(known_positives, layout),
+        }
+        known_positives.__dict__["_exclusion_arguments"] = arguments
+    return arguments
 
 
-def bitmap_bytes(known_positives: KnownPositives) -> int:
-    """The size of the bitmap."""
-    return 4 * known_positives.num_users * -(-known_positives.num_items // 32)
-
-
-def build_bitmap(known_positives: KnownPositives) -> Tensor:
-    """The (U, W) bitmap of `Exclusion`."""
-    items, words = known_positives.items, -(-known_positives.num_items // 32)
-    bitmap = torch.zeros(known_positives.num_users * words, dtype=torch.int32, device=items.device)
-    slots = torch.repeat_interleave(
-        torch.arange(known_positives.num_users, device=items.device), known_positives.degrees
+def exclusion_bytes(known_positives: KnownPositives) -> int:
+    """The size of the bits and of their offsets, found without memory of the device."""
+    rows = KnownPositives(
+        known_positives.indptr.cpu(), torch.empty(0, dtype=torch.int32), known_positives.num_items
     )
-    slots.mul_(words).add_(items >> 5)
-    # Pairs are unique, so the bits of a word are distinct and their sum is their union.
-    bitmap.index_add_(0, slots, (torch.ones_like(slots) << (items & 31)).to(torch.int32))
-    return bitmap.view(-1, words)
+    layout = layout_of(rows, _bitmap_limit(known_positives.items.device))
+    return 4 * layout.num_words + (0 if layout.all_bitmaps else 8 * len(layout.offsets))
+
+
+def _bitmap_limit(device: torch.device) -> int:
+    if device.type != "cuda":
+        return BITMAP_LIMIT_BYTES
+    free, _ = torch.cuda.mem_get_info(device)
+    return min(BITMAP_LIMIT_BYTES, free // _BITMAP_SHARE)
+
+
+def build_bits(known_positives: KnownPositives, layout: Layout) -> Tensor:
+    """The words of all rows, int32, made by torch on the device of the known positives."""
+    indptr, device = known_positives.indptr, known_positives.items.device
+    bits = torch.zeros(layout.num_words, dtype=torch.int32, device=device)
+    for begin in range(0, len(known_positives.items), _PAIRS_AT_ONCE):
+        items = known_positives.items[begin : begin + _PAIRS_AT_ONCE].long()
+        pairs = torch.arange(begin, begin + len(items), device=device)
+        words, masks = place(layout, torch.searchsorted(indptr, pairs, right=True) - 1, items)
+        for bit in range(32):
+            # Several pairs may have the same word: all of them write the same.
+            these = words[(masks >> bit & 1).bool()]
+            bits[these] |= signed_word(1 << bit)
+    return bits
 
 
 @triton.jit
-def _count_below(row_ptr, degree, bound, wanted, MINUS_RANK: tl.constexpr):
-    """How many entries of each sorted row (less their rank in it, if asked) are below the bound."""
-    low = degree * 0
-    high = tl.where(wanted, degree, 0)
-    unfinished = tl.max(high, axis=0)
-    while unfinished > 0:
-        middle = low + ((high - low) >> 1)
-        active = low < high
-        value = tl.load(row_ptr + middle, mask=active, other=0)
-        if MINUS_RANK:
-            value -= middle
-        low = tl.where(active & (value < bound), middle + 1, low)
-        high = tl.where(active & (value >= bound), middle, high)
-        unfinished = tl.max((low < high).to(tl.int32), axis=0)
-    return low
+def _draws(position, quad, step, attempt, key_0, key_1, bound):
+    """Four int32 blocks in [0, bound), of one call of Philox."""
+    zero = position * 0
+    words = tl.philox_impl(position, zero + quad, zero + step, zero + attempt, key_0, key_1)
+    draws = ()
+    for lane in tl.static_range(4):
+        draws += (tl.umulhi(words[lane], bound.to(tl.uint32)).to(tl.int32),)
+    return draws
 
 
 @triton.jit
-def _touched(item, wanted, row_ptr, degree, bitmap_row_ptr, BITMAP: tl.constexpr):
-    """Which of the wanted draws are known positives of their users."""
-    if BITMAP:
-        word = tl.load(bitmap_row_ptr + (item >> 5), mask=wanted, other=0)
-        return ((word >> (item & 31)) & 1) != 0
-    else:  # noqa: RET505 - Triton compiles one of the two branches
-        place = _count_below(row_ptr, degree, item, wanted, MINUS_RANK=False)
-        found = tl.load(row_ptr + place, mask=wanted & (place < degree), other=-1)
-        return found == item
+def _chosen(flags, these, others):
+    chosen = ()
+    for lane in tl.static_range(4):
+        chosen += (tl.where(flags[lane], these[lane], others[lane]),)
+    return chosen
 
 
 @triton.jit
-def _draw(word, bound):
-    return tl.umulhi(word, bound.to(tl.uint32)).to(tl.int32)
-
-
-@triton.jit
-def _untouched(word, item, wanted, row_ptr, degree, free):
-    """The wanted items drawn again, by their rank among the untouched ones."""
-    rank = _draw(word, free)
-    return tl.where(wanted, rank + _count_below(row_ptr, degree, rank + 1, wanted, MINUS_RANK=True), item)
-
-
-@triton.jit
-def draw_quad(
-    position,
-    quad,
-    step,
-    key_0,
-    key_1,
-    num_items,
-    num_negatives,
-    wanted,
-    row_ptr,
-    degree,
-    bitmap_row_ptr,
-    EXCLUDE: tl.constexpr,
-    BITMAP: tl.constexpr,
-):
+def draw_quad(position, quad, step, key_0, key_1, num_items, num_negatives, wanted, known):
     """Negatives ``4 * quad`` to ``4 * quad + 3`` of a block of positives.
 
     Args:
@@ -168,96 +132,41 @@ def draw_quad(
         key_1: uint32 scalar, its second word.
         num_items: int32 block, I.
         num_negatives: int32 scalar, N.
-        wanted: int1 block: which positives need negatives.
-        row_ptr: block of pointers to the users' rows of known items; read with EXCLUDE alone.
-        degree: int32 block, the rows' lengths, less than I where wanted; read with EXCLUDE alone.
-        bitmap_row_ptr: block of pointers to the users' bitmap rows; read with BITMAP alone.
-        EXCLUDE: leave known positives out.
-        BITMAP: by the bitmap, not by a search.
+        wanted: int1 block: which positives need negatives; their users have free items.
+        known: of `exclusion_rows`; () to leave nothing out.
 
     Returns:
         Four int32 blocks. What lies beyond N, or is not wanted, is some item in [0, I).
     """
-    zero = position * 0
-    w0, w1, w2, w3 = tl.philox_impl(position, zero + quad, zero + step, zero, key_0, key_1)
-    item_0 = _draw(w0, num_items)
-    item_1 = _draw(w1, num_items)
-    item_2 = _draw(w2, num_items)
-    item_3 = _draw(w3, num_items)
-    if EXCLUDE:
-        first = (degree * 0) + quad * 4
-        again_0 = wanted & (first < num_negatives)
-        again_1 = wanted & (first + 1 < num_negatives)
-        again_2 = wanted & (first + 2 < num_negatives)
-        again_3 = wanted & (first + 3 < num_negatives)
-        again_0 &= _touched(item_0, again_0, row_ptr, degree, bitmap_row_ptr, BITMAP)
-        again_1 &= _touched(item_1, again_1, row_ptr, degree, bitmap_row_ptr, BITMAP)
-        again_2 &= _touched(item_2, again_2, row_ptr, degree, bitmap_row_ptr, BITMAP)
-        again_3 &= _touched(item_3, again_3, row_ptr, degree, bitmap_row_ptr, BITMAP)
-        pending = tl.max((again_0 | again_1 | again_2 | again_3).to(tl.int32), axis=0)
+    items = _draws(position, quad, step, 0, key_0, key_1, num_items)
+    if len(known) > 0:
+        again = ()
+        for lane in tl.static_range(4):
+            again += (wanted & (num_items * 0 + quad * 4 + lane < num_negatives),)
+        again = touched(items, again, known)
+        pending = any_of(again)
         attempt = pending * 0 + 1
         while (pending > 0) & (attempt < _ATTEMPTS):
-            w0, w1, w2, w3 = tl.philox_impl(
-                position, zero + quad, zero + step, zero + attempt.to(tl.uint32), key_0, key_1
-            )
-            item_0 = tl.where(again_0, _draw(w0, num_items), item_0)
-            item_1 = tl.where(again_1, _draw(w1, num_items), item_1)
-            item_2 = tl.where(again_2, _draw(w2, num_items), item_2)
-            item_3 = tl.where(again_3, _draw(w3, num_items), item_3)
-            again_0 &= _touched(item_0, again_0, row_ptr, degree, bitmap_row_ptr, BITMAP)
-            again_1 &= _touched(item_1, again_1, row_ptr, degree, bitmap_row_ptr, BITMAP)
-            again_2 &= _touched(item_2, again_2, row_ptr, degree, bitmap_row_ptr, BITMAP)
-            again_3 &= _touched(item_3, again_3, row_ptr, degree, bitmap_row_ptr, BITMAP)
-            pending = tl.max((again_0 | again_1 | again_2 | again_3).to(tl.int32), axis=0)
+            drawn = _draws(position, quad, step, attempt.to(tl.uint32), key_0, key_1, num_items)
+            items = _chosen(again, drawn, items)
+            again = touched(items, again, known)
+            pending = any_of(again)
             attempt += 1
         if pending > 0:
-            free = num_items - degree
-            w0, w1, w2, w3 = tl.philox_impl(
-                position, zero + quad, zero + step, zero + _ATTEMPTS, key_0, key_1
-            )
-            item_0 = _untouched(w0, item_0, again_0, row_ptr, degree, free)
-            item_1 = _untouched(w1, item_1, again_1, row_ptr, degree, free)
-            item_2 = _untouched(w2, item_2, again_2, row_ptr, degree, free)
-            item_3 = _untouched(w3, item_3, again_3, row_ptr, degree, free)
-    return item_0, item_1, item_2, item_3
+            ranks = _draws(position, quad, step, _ATTEMPTS, key_0, key_1, num_items - known[1])
+            items = _chosen(again, untouched(ranks, again, known), items)
+    return items
 
 
-@triton.jit
-def exclusion_rows(user, mask, indptr_ptr, known_items_ptr, bitmap_ptr, bitmap_words):
-    """Where the users' known items are.
-
-    Args:
-        user: int64 block.
-        mask: int1 block; elsewhere the length is 0.
-        indptr_ptr: as in `Exclusion`.
-        known_items_ptr: the items.
-        bitmap_ptr: the bitmap, or None.
-        bitmap_words: W.
-
-    Returns:
-        Pointers to the rows, their lengths in int32, and pointers to the bitmap rows, which mean nothing
-        without a bitmap.
-    """
-    begin = tl.load(indptr_ptr + user, mask=mask, other=0)
-    degree = (tl.load(indptr_ptr + user + 1, mask=mask, other=0) - begin).to(tl.int32)
-    row_ptr = known_items_ptr + begin
-    bitmap_row_ptr = row_ptr
-    if bitmap_ptr is not None:
-        bitmap_row_ptr = bitmap_ptr + user * bitmap_words
-    return row_ptr, degree, bitmap_row_ptr
-
-
-@triton.jit(
-    do_not_specialize=["count", "num_items", "num_negatives", "bitmap_words", "first_position", "step"]
-)
+@triton.jit(do_not_specialize=["count", "num_items", "num_negatives", "first_position", "step"])
 def negatives_kernel(
     user_index_ptr,
     negatives_ptr,
     words_ptr,
     indptr_ptr,
     known_items_ptr,
-    bitmap_ptr,
-    bitmap_words,
+    bit_offsets_ptr,
+    bits_ptr,
     count,
     num_items,
     num_negatives,
@@ -269,37 +178,17 @@ def negatives_kernel(
     b = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = b < count
     user = tl.load(user_index_ptr + b, mask=mask, other=0).to(tl.int64)
-    catalogue = b * 0 + num_items
-    EXCLUDE: tl.constexpr = indptr_ptr is not None
-    BITMAP: tl.constexpr = bitmap_ptr is not None
     wanted = mask
-    # Stand-ins that nothing reads.
-    row_ptr = user
-    degree = b
-    bitmap_row_ptr = user
-    if EXCLUDE:
-        row_ptr, degree, bitmap_row_ptr = exclusion_rows(
-            user, mask, indptr_ptr, known_items_ptr, bitmap_ptr, bitmap_words
-        )
-        wanted = mask & (degree < catalogue)
+    known = ()
+    if indptr_ptr is not None:
+        known = exclusion_rows(user, mask, num_items, indptr_ptr, known_items_ptr, bit_offsets_ptr, bits_ptr)
+        wanted = mask & (known[1] < num_items)
     key_0 = tl.load(words_ptr).to(tl.uint32, bitcast=True)
     key_1 = tl.load(words_ptr + 1).to(tl.uint32, bitcast=True)
     position = (b + first_position).to(tl.uint32)
     for quad in range((num_negatives + 3) // 4):
         items = draw_quad(
-            position,
-            quad,
-            step.to(tl.uint32),
-            key_0,
-            key_1,
-            catalogue,
-            num_negatives,
-            wanted,
-            row_ptr,
-            degree,
-            bitmap_row_ptr,
-            EXCLUDE,
-            BITMAP,
+            position, quad, step.to(tl.uint32), key_0, key_1, b * 0 + num_items, num_negatives, wanted, known
         )
         for lane in tl.static_range(4):
             k = b * 0 + quad * 4 + lane

@@ -4,7 +4,7 @@ Every kernel that walks over a batch starts so, and finds the same positives and
 """
 
 # Constants of a kernel are written in capitals, and arguments get their types when it is launched.
-# ruff: noqa: ANN001, ANN201, N803, N806
+# ruff: noqa: ANN001, ANN201, N803
 # mypy: disallow-untyped-defs=False
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fasttower_kernels.negatives.triton_gpu import exclusion_rows
+from fasttower_kernels.negatives.membership_triton_gpu import exclusion_rows
 from fasttower_kernels.shuffle.triton_gpu import shuffle_rows
 
 
@@ -65,31 +65,26 @@ def batch_positives(
 
 
 @triton.jit
-def batch_exclusion(b, there, user_index, num_items, indptr_ptr, known_items_ptr, bitmap_ptr, bitmap_words):
+def batch_exclusion(there, user_index, num_items, indptr_ptr, known_items_ptr, bit_offsets_ptr, bits_ptr):
     """What the negatives of a block of positives leave out.
 
     Args:
-        b: of `batch_positives`, like the next two.
-        there: of it too.
+        there: of `batch_positives`, like the next.
         user_index: of it too.
         num_items: I.
-        indptr_ptr: as in `Exclusion`; None to leave nothing out.
+        indptr_ptr: as in `exclusion_arguments`, like the rest; None to leave nothing out.
         known_items_ptr: the items.
-        bitmap_ptr: the bitmap, or None.
-        bitmap_words: W.
+        bit_offsets_ptr: where rows of bits begin.
+        bits_ptr: their words.
 
     Returns:
-        Which positives count: those whose users have free items. Then what `draw_quad` takes: pointers to
-        the rows of known items, their lengths, pointers to the bitmap rows; stand-ins where it reads none.
+        Which positives count, those whose users have free items; and what `draw_quad` takes as ``known``.
     """
-    EXCLUDE: tl.constexpr = indptr_ptr is not None
     live = there
-    known_row_ptr = user_index
-    degree = b
-    bitmap_row_ptr = user_index
-    if EXCLUDE:
-        known_row_ptr, degree, bitmap_row_ptr = exclusion_rows(
-            user_index, there, indptr_ptr, known_items_ptr, bitmap_ptr, bitmap_words
+    known = ()
+    if indptr_ptr is not None:
+        known = exclusion_rows(
+            user_index, there, num_items, indptr_ptr, known_items_ptr, bit_offsets_ptr, bits_ptr
         )
-        live = there & (degree < num_items)
-    return live, known_row_ptr, degree, bitmap_row_ptr
+        live = there & (known[1] < num_items)
+    return live, known

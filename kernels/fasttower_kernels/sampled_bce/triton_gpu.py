@@ -17,7 +17,8 @@ sum whatever the order.
 
 # Constants of a kernel are written in capitals, and arguments get their types when it is launched.
 # ruff: noqa: N803, N806, PLR0915
-# mypy: disallow-untyped-defs=False
+# Tuples grow by an element a lane, in loops that are unrolled.
+# mypy: disallow-untyped-defs=False, disable-error-code="assignment"
 
 from __future__ import annotations
 
@@ -56,36 +57,51 @@ _PAIRS = tl.constexpr(int(Output.PAIRS))
 
 @triton.jit
 def _softplus_and_sigmoid(x):
+    """Softplus as `linear + log(factor)`, factor in (1, 2], and its derivative.
+
+    The factors of several logits are multiplied first: a logarithm costs twenty instructions.
+    """
     e = tl.exp(-tl.abs(x))
-    return tl.maximum(x, 0.0) + tl.log(1.0 + e), tl.where(x >= 0, 1.0, e) / (1.0 + e)
+    return tl.maximum(x, 0.0), 1.0 + e, tl.where(x >= 0, 1.0, e) / (1.0 + e)
 
 
 @triton.jit
-def _logits(user, item, item_index, live, bias_ptr):
-    logits = tl.sum(user * item, axis=1)
+def _rows(index, live, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Offsets of some rows in a table [R, BLOCK_D], int64, and which of their elements there are."""
+    d = tl.arange(0, BLOCK_D)
+    return index[:, None] * WIDTH + d[None, :], live[:, None] & (d < WIDTH)[None, :]
+
+
+@triton.jit
+def _load_items(items_ptr, bias_ptr, item_index, live, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The rows of some items [R, BLOCK_D] in float32, and their biases [R]; 0 without biases."""
+    offsets, mask = _rows(item_index, live, WIDTH, BLOCK_D)
+    item = tl.load(items_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    bias = 0.0
     if bias_ptr is not None:
-        logits += tl.load(bias_ptr + item_index, mask=live, other=0.0)
-    return logits
+        bias = tl.load(bias_ptr + item_index, mask=live, other=0.0)
+    return item, bias
 
 
 @triton.jit
 def _add_item_gradients(
     item_gradients_ptr,
     bias_gradients_ptr,
-    item_offsets,
     item_index,
     coefficient,
     user,
     item,
     item_l2,
     live,
-    live_row,
     HAS_L2: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
+    offsets, mask = _rows(item_index, live, WIDTH, BLOCK_D)
     gradient = coefficient[:, None] * user
     if HAS_L2:
         gradient += item_l2 * item
-    tl.atomic_add(item_gradients_ptr + item_offsets, gradient, mask=live_row, sem="relaxed")
+    tl.atomic_add(item_gradients_ptr + offsets, gradient, mask=mask, sem="relaxed")
     if bias_gradients_ptr is not None:
         tl.atomic_add(bias_gradients_ptr + item_index, coefficient, mask=live, sem="relaxed")
 
@@ -100,7 +116,6 @@ def _add_item_gradients(
         "num_users",
         "num_items",
         "num_negatives",
-        "bitmap_words",
     ]
 )
 def sampled_bce_kernel(
@@ -117,7 +132,8 @@ def sampled_bce_kernel(
     item_index_ptr,
     indptr_ptr,
     known_items_ptr,
-    bitmap_ptr,
+    bit_offsets_ptr,
+    bits_ptr,
     words_ptr,
     counters_ptr,
     losses_ptr,
@@ -129,7 +145,6 @@ def sampled_bce_kernel(
     num_users,
     num_items,
     num_negatives,
-    bitmap_words,
     pairs,
     user_l2,
     item_l2,
@@ -155,9 +170,10 @@ def sampled_bce_kernel(
         pair_coefficients_ptr: (B, 1 + N), float32: the loss's derivative by the logit.
         user_index_ptr: (n,), int32.
         item_index_ptr: (n,), int32.
-        indptr_ptr: as in `Exclusion`; None to leave nothing out.
-        known_items_ptr: as in `Exclusion`.
-        bitmap_ptr: as in `Exclusion`; None to search the known items.
+        indptr_ptr: as in `exclusion_arguments`, like the next three.
+        known_items_ptr: the items.
+        bit_offsets_ptr: where rows of bits begin.
+        bits_ptr: their words.
         words_ptr: (10,), int32: the key of the negatives, and the 8 round keys of the order.
         counters_ptr: (2,), int64: t, which this kernel reads, and Adam's count, which it sets to t + 1. No
             program may write what others still read, so each kernel advances the counter of the other one.
@@ -170,7 +186,6 @@ def sampled_bce_kernel(
         num_users: U.
         num_items: I.
         num_negatives: N.
-        bitmap_words: as in `Exclusion`.
         pairs: terms of the loss that a positive is divided by.
         user_l2: 2 * l2; None without L2.
         item_l2: 4 * l2 / (N + 1); None without L2.
@@ -196,22 +211,16 @@ def sampled_bce_kernel(
         BLOCK_B,
         SHUFFLE,
     )
-    EXCLUDE: tl.constexpr = indptr_ptr is not None
-    BITMAP: tl.constexpr = bitmap_ptr is not None
-    live, known_row_ptr, degree, bitmap_row_ptr = batch_exclusion(
-        b, there, user_index, num_items, indptr_ptr, known_items_ptr, bitmap_ptr, bitmap_words
+    live, known = batch_exclusion(
+        there, user_index, num_items, indptr_ptr, known_items_ptr, bit_offsets_ptr, bits_ptr
     )
     catalogue = b * 0 + num_items
     if GATHERED:
         user_index = b.to(tl.int64)
 
-    d = tl.arange(0, BLOCK_D)
-    in_row = d < WIDTH
-    live_row = live[:, None] & in_row[None, :]
-    user_offsets = user_index[:, None] * WIDTH + d[None, :]  # [BLOCK_B, BLOCK_D]
-    item_offsets = item_index[:, None] * WIDTH + d[None, :]
-    user = tl.load(users_ptr + user_offsets, mask=live_row, other=0.0).to(tl.float32)
-    item = tl.load(items_ptr + item_offsets, mask=live_row, other=0.0).to(tl.float32)
+    user_offsets, user_mask = _rows(user_index, live, WIDTH, BLOCK_D)
+    user = tl.load(users_ptr + user_offsets, mask=user_mask, other=0.0).to(tl.float32)
+    item, bias = _load_items(items_ptr, bias_ptr, item_index, live, WIDTH, BLOCK_D)
 
     scale = 1.0 / (length.to(tl.float32) * pairs)
     HAS_L2: tl.constexpr = item_l2 is not None
@@ -220,22 +229,23 @@ def sampled_bce_kernel(
         l2_scale = item_l2 * scale
 
     # -softplus'(-x) is the derivative for the label 1, and keeps its precision where sigmoid(x) is near 1.
-    loss, slope = _softplus_and_sigmoid(-_logits(user, item, item_index, live, bias_ptr))
+    linear, factor, slope = _softplus_and_sigmoid(-(tl.sum(user * item, axis=1) + bias))
+    loss = linear + tl.log(factor)
     coefficient = -slope * scale
     gradient = coefficient[:, None] * item
     if OUTPUT == _GRADIENTS:
         _add_item_gradients(
             item_gradients_ptr,
             bias_gradients_ptr,
-            item_offsets,
             item_index,
             coefficient,
             user,
             item,
             l2_scale,
             live,
-            live_row,
             HAS_L2,
+            WIDTH,
+            BLOCK_D,
         )
     if OUTPUT == _PAIRS:
         place = b.to(tl.int64) * (num_negatives + 1)
@@ -248,55 +258,52 @@ def sampled_bce_kernel(
     position = (b + first_position).to(tl.uint32)
     for quad in range((num_negatives + 3) // 4):
         drawn = draw_quad(
-            position,
-            quad,
-            step.to(tl.uint32),
-            key_0,
-            key_1,
-            catalogue,
-            num_negatives,
-            live,
-            known_row_ptr,
-            degree,
-            bitmap_row_ptr,
-            EXCLUDE,
-            BITMAP,
+            position, quad, step.to(tl.uint32), key_0, key_1, catalogue, num_negatives, live, known
         )
+        # All rows of a quad are read before any of their gradients is added: the compiler has to assume that
+        # a gradient may lie where a row does, and each row would wait for the addition before it.
+        items = ()
+        biases = ()
+        for lane in tl.static_range(4):
+            counted = live & (b * 0 + quad * 4 + lane < num_negatives)
+            item, bias = _load_items(items_ptr, bias_ptr, drawn[lane].to(tl.int64), counted, WIDTH, BLOCK_D)
+            items += (item,)
+            biases += (bias,)
+        product = tl.full(loss.shape, 1.0, tl.float32)
         for lane in tl.static_range(4):
             k = b * 0 + quad * 4 + lane
             inside = k < num_negatives
             counted = live & inside
-            counted_row = counted[:, None] & in_row[None, :]
-            item_index = drawn[lane].to(tl.int64)
-            item_offsets = item_index[:, None] * WIDTH + d[None, :]
-            item = tl.load(items_ptr + item_offsets, mask=counted_row, other=0.0).to(tl.float32)
-            term, slope = _softplus_and_sigmoid(_logits(user, item, item_index, counted, bias_ptr))
-            loss += tl.where(counted, term, 0.0)
+            item = items[lane]
+            linear, factor, slope = _softplus_and_sigmoid(tl.sum(user * item, axis=1) + biases[lane])
+            loss += tl.where(counted, linear, 0.0)
+            product *= tl.where(counted, factor, 1.0)
             coefficient = tl.where(counted, slope * scale, 0.0)
             gradient += coefficient[:, None] * item
             if OUTPUT == _GRADIENTS:
                 _add_item_gradients(
                     item_gradients_ptr,
                     bias_gradients_ptr,
-                    item_offsets,
-                    item_index,
+                    drawn[lane].to(tl.int64),
                     coefficient,
                     user,
                     item,
                     l2_scale,
                     counted,
-                    counted_row,
                     HAS_L2,
+                    WIDTH,
+                    BLOCK_D,
                 )
             if OUTPUT == _PAIRS:
                 place = b.to(tl.int64) * (num_negatives + 1) + 1 + k
                 tl.store(pair_items_ptr + place, tl.where(live, drawn[lane], num_items), mask=there & inside)
                 tl.store(pair_coefficients_ptr + place, coefficient, mask=there & inside)
+        loss += tl.log(product)
 
     if OUTPUT == _GRADIENTS:
         if HAS_L2:
             gradient += (user_l2 * scale) * user
-        tl.atomic_add(user_gradients_ptr + user_offsets, gradient, mask=live_row, sem="relaxed")
+        tl.atomic_add(user_gradients_ptr + user_offsets, gradient, mask=user_mask, sem="relaxed")
     slot = losses_ptr + program
     tl.store(slot, tl.load(slot) + tl.sum(tl.where(live, loss, 0.0), axis=0).to(tl.float64))
     if program == 0:
@@ -409,7 +416,7 @@ def add_pair_gradients(
         coefficients=pairs.coefficients,
         terms=1,
         others=pairs.users,
-        pairs_an_other=num_pairs,
+        pairs_per_other=num_pairs,
         other_vectors=parameters.users,
         own_vectors=parameters.items,
         gradients=gradients.items,
@@ -421,7 +428,7 @@ def add_pair_gradients(
         coefficients=pairs.coefficients,
         terms=num_pairs,
         others=pairs.items,
-        pairs_an_other=1,
+        pairs_per_other=1,
         other_vectors=parameters.items,
         own_vectors=parameters.users,
         gradients=gradients.users,

@@ -22,8 +22,8 @@ _BLOCK = 256
 
 @triton.jit
 def _mix(x, key):
-    h = tl.mul(x ^ key, 0x85EBCA6B, sanitize_overflow=False)
-    h = tl.mul(h ^ (h >> 15), 0xC2B2AE35, sanitize_overflow=False)
+    h = (x ^ key) * 0x85EBCA6B
+    h = (h ^ (h >> 15)) * 0xC2B2AE35
     return h ^ (h >> 16)
 
 

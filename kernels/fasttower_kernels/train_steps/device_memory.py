@@ -15,7 +15,7 @@ def resident_bytes(
     width: int,
     num_rows: int,
     num_known: int,
-    bitmap: int = 0,
+    bits: int = 0,
     table_dtype: TableDtype = "float32",
 ) -> dict[str, int]:
     """What training holds in device memory, in bytes by name.
@@ -26,7 +26,7 @@ def resident_bytes(
         width: P, the padded width of a row.
         num_rows: n, the positives.
         num_known: nnz of the known positives; 0 without exclusion.
-        bitmap: its size, where there is one.
+        bits: size of the bits that negatives are looked up in, where there are any.
         table_dtype: of the vectors that the loss reads.
     """
     return {
@@ -34,7 +34,7 @@ def resident_bytes(
         "rounded tables": 2 * (num_users + num_items) * width if table_dtype == "bfloat16" else 0,
         "positives": 8 * num_rows,
         "known positives": 4 * num_known + 8 * (num_users + 1) if num_known else 0,
-        "bitmap of known positives": bitmap,
+        "bits of known positives": bits,
     }
 
 

@@ -1,6 +1,6 @@
 """Many steps on a GPU: two launches a step, and no word from the host inside a call.
 
-A step is the fused kernel and Adam: after it all rows, or, lazily, before it those that the batch reads and
+A step is the fused kernel and Adam: of a table all rows, or, lazily, those that the next batch reads, and
 all of them at the end of a call. Each finds its step in counters in device memory, derives the batch and
 its length from it, and so may be replayed by a CUDA graph at any step, the short last batch included. The
 host sends the keys of the epoch's order and Adam's step sizes before the first step, and gets the loss
@@ -8,8 +8,8 @@ after the last one.
 
 With bfloat16 tables the loss reads a rounded copy of users and items, which each launch that updates a row
 writes beside it, and a call begins with making it anew. Of a vector the fused kernel then reads half the
-bytes, 8 a thread up to 128 dimensions, so that a thread has the elements whose gradients it adds, and 16
-from 129 on (where the padded width is a multiple of 8). Adam moves 34 bytes a parameter instead of 32.
+bytes, 8 per thread up to 128 dimensions, so that a thread has the elements whose gradients it adds, and 16
+from 129 on (where the padded width is a multiple of 8). Adam moves 34 bytes per parameter instead of 32.
 
 Deterministic mode (``torch.use_deterministic_algorithms(True)``) puts a sort and a reduction in a fixed
 order in the place of the atomics. It is slower, and holds the (B, N + 1) items and coefficients of a batch.
@@ -17,7 +17,6 @@ order in the place of the atomics. It is slower, and holds the (B, N + 1) items 
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +25,7 @@ from torch import Tensor
 from fasttower_kernels.adam.triton_gpu import adam_launch, step_rates
 from fasttower_kernels.errors import FastTowerError
 from fasttower_kernels.known_positives import KnownPositives
-from fasttower_kernels.negatives.triton_gpu import bitmap_bytes
+from fasttower_kernels.negatives.triton_gpu import exclusion_bytes
 from fasttower_kernels.philox import seed_key
 from fasttower_kernels.sampled_bce.triton_gpu import (
     Output,
@@ -35,6 +34,7 @@ from fasttower_kernels.sampled_bce.triton_gpu import (
     bce_launch,
     num_programs,
 )
+from fasttower_kernels.sampled_bce.triton_segments import CHUNK
 from fasttower_kernels.shuffle import epoch_key
 from fasttower_kernels.shuffle.triton_gpu import signed_round_keys
 from fasttower_kernels.tables import Interactions, Tables
@@ -44,7 +44,7 @@ from fasttower_kernels.train_steps.state import StepSettings, TrainState, steps_
 from fasttower_kernels.triton_launch import device_scope, signed_word
 from fasttower_kernels.triton_tiles import warp_lanes
 
-STEPS_A_GRAPH = 32
+STEPS_PER_GRAPH = 32
 """Steps captured together; what is left over is replayed one by one."""
 
 
@@ -97,13 +97,14 @@ def _no_room(
         width=width,
         num_rows=len(interactions),
         num_known=0 if known_positives is None else len(known_positives.items),
-        bitmap=0 if known_positives is None else bitmap_bytes(known_positives),
+        bits=0 if known_positives is None else exclusion_bytes(known_positives),
         table_dtype=settings.table_dtype,
     )
     if torch.are_deterministic_algorithms_enabled():
         pairs = settings.batch_size * (1 + settings.loss.num_negatives)
-        # Items and coefficients, and what the sort makes of them: keys, order and as much to work in.
-        sizes["pairs of the deterministic mode"] = (4 + 4 + 2 * (4 + 8)) * pairs
+        # Items and coefficients, what the sort makes of them (keys, order and as much to work in), and the
+        # partial sums.
+        sizes["pairs of the deterministic mode"] = (4 + 4 + 2 * (4 + 8) + 4 * width // CHUNK) * pairs
     return (
         f"{state.parameters.users.device} ran out of memory; training needs {listed(sizes)}: "
         "choose a smaller batch_size or embedding_dim, or device cpu."
@@ -128,9 +129,6 @@ class _Inputs:
         )
 
 
-_plans: dict[int, _Plan] = {}
-
-
 def _plan(
     state: TrainState,
     interactions: Interactions,
@@ -139,12 +137,9 @@ def _plan(
 ) -> _Plan:
     """The plan of these arguments: made anew when they change, forgotten with the state."""
     inputs = _Inputs(interactions, known_positives, settings, torch.are_deterministic_algorithms_enabled())
-    identity = id(state)
-    plan = _plans.get(identity)
-    if plan is None:
-        weakref.finalize(state, _plans.pop, identity, None)
+    plan: _Plan | None = state.prepared.get(__name__)
     if plan is None or not plan.inputs.same(inputs):
-        plan = _plans[identity] = _Plan(state, inputs)
+        plan = state.prepared[__name__] = _Plan(state, inputs)
     return plan
 
 
@@ -191,17 +186,23 @@ class _Plan:
             shuffle=True,
             pair_buffers=self.pairs,
         )
-        self.adam = adam_launch(
-            state.parameters,
-            state.gradients,
-            state.moments_1,
-            state.moments_2,
-            rates=self.rates,
-            counters=self.counters,
-            rounded=self.rounded,
+        lazy = settings.lazy_tables(state.parameters)
+        self.lazy = (
+            lazy_launches(state, self.bce, self.rates, lazy, rounded=self.rounded) if any(lazy) else None
         )
-        lazy = settings.is_lazy(state.parameters)
-        self.lazy = lazy_launches(state, self.bce, self.rates, rounded=self.rounded) if lazy else None
+        self.update = (
+            self.lazy.update
+            if self.lazy is not None
+            else adam_launch(
+                state.parameters,
+                state.gradients,
+                state.moments_1,
+                state.moments_2,
+                rates=self.rates,
+                counters=self.counters,
+                rounded=self.rounded,
+            )
+        )
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
 
     def run(self, first_step: int, num_steps: int, *, graphs: bool) -> Tensor:
@@ -217,7 +218,7 @@ class _Plan:
                 # The first step is launched: it compiles and loads the kernels, which a capture may not do.
                 self._steps(1)
                 num_steps -= 1
-                self.graphs = {size: self._capture(size) for size in (STEPS_A_GRAPH, 1)}
+                self.graphs = {size: self._capture(size) for size in (STEPS_PER_GRAPH, 1)}
             for size, graph in self.graphs.items():
                 for _ in range(num_steps // size):
                     graph.replay()
@@ -252,16 +253,13 @@ class _Plan:
 
     def _step(self, batch: int | None = None) -> None:
         """One step. Without floating-point atomics the host must know which batch it is, for its length."""
-        if self.lazy is not None:
-            self.lazy.before()
         self.bce()
         if self.pairs is not None and batch is not None:
             loss = self.inputs.settings.loss
             length = min(self.batch_size, len(self.inputs.interactions) - batch * self.batch_size)
             pairs = self.pairs.first(length, loss.num_negatives)
             add_pair_gradients(self.read, self.gradients, pairs, loss)
-        if self.lazy is None:
-            self.adam()
+        self.update()
 
     def _capture(self, num_steps: int) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
