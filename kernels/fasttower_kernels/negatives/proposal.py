@@ -18,10 +18,13 @@ from fasttower_kernels.tables import Interactions
 class Negatives:
     """Where a step gets its negatives from.
 
-    Attributes: settings: of the draws. num_users: U. num_items: I. known_positives: what negatives leave out;
-        None draws from the whole catalogue. item_counts: (I,), int64: how often each item stands in the n
-        rows of the part that is trained on; None
-            where the proposal does not read it.
+    Attributes:
+        settings: of the draws.
+        num_users: U.
+        num_items: I.
+        known_positives: what negatives leave out; None draws from the whole catalogue.
+        item_counts: (I,), int64: how often each item stands in the n rows of the part that is trained on;
+            None where the proposal does not read it.
         num_rows: n.
     """
 

@@ -73,8 +73,8 @@ def sampled_loss(
 
     Raises:
         FastTowerError: shapes, dtypes or devices that do not fit, an index out of range (on a GPU, whose
-            indices are not waited for, a device-side assertion as of ``torch.nn.Embedding``), settings that do
-            not go together, or the backend cannot run here.
+            indices are not waited for, a device-side assertion as of ``torch.nn.Embedding``), settings that
+            do not go together, or the backend cannot run here.
     """
     run = implementation("fasttower_kernels.step.gradients", backend, user_vectors.device)
     fused = run is not reference
