@@ -80,12 +80,13 @@ def chosen(stub: Callable[..., Any], compiled: Callable[[str], Callable[..., Any
         compiled: gives the function that a name stands for.
     """
 
-    def choose(name: types.Type) -> Callable[[str], Any] | None:
+    # numba wants the same annotations of both.
+    def choose(name: Any) -> Callable[[Any], Any] | None:  # noqa: ANN401
         if not isinstance(name, types.StringLiteral):
             return None  # numba then tries the literal
         function = compiled(name.literal_value)
 
-        def run(name: str) -> Callable[..., Any]:
+        def run(name: Any) -> Any:  # noqa: ANN401
             return function
 
         return run
