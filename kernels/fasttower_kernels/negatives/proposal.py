@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from fasttower_kernels.errors import FastTowerError
 from fasttower_kernels.known_positives import KnownPositives
 from fasttower_kernels.negatives.popularity import Popularity, popularity
 from fasttower_kernels.settings import NegativeSettings
@@ -48,6 +49,17 @@ class Negatives:
         if settings.proposal in ("popularity", "in-batch", "mixed"):
             counts = torch.bincount(trained.item_index, minlength=num_items)
         return Negatives(settings, num_users, num_items, known_positives, counts, len(trained))
+
+    def check_sizes(self, num_items: int, num_users: int | None = None) -> None:
+        """Check that they are of a catalogue, and where ``num_users`` is given of these users.
+
+        Raises:
+            FastTowerError: they are not.
+        """
+        if self.num_items != num_items:
+            raise FastTowerError(f"the negatives are of {self.num_items} items; expected {num_items}.")
+        if num_users is not None and self.num_users != num_users:
+            raise FastTowerError(f"the negatives are of {self.num_users} users; expected {num_users}.")
 
     @cached_property
     def popularity(self) -> Popularity | None:

@@ -81,6 +81,7 @@ class Step:
         others = {"gradients": state.gradients, "moments_1": state.moments_1, "moments_2": state.moments_2}
         check_tables(state.parameters, others, fused=steps is not reference)
         check_pairs(state.parameters, interactions, negatives.known_positives)
+        negatives.check_sizes(len(state.parameters.items), len(state.parameters.users))
         self._steps: _Runs = steps.Steps(state, interactions, negatives, settings)
 
     def run(self, first_step: int, num_steps: int) -> Tensor:

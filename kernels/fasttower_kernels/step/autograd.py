@@ -94,6 +94,7 @@ def sampled_loss(
             )
         check_known_positives(known, len(item_vectors), item_vectors.device)
         _check_index("user_index", user_index, len(user_vectors), known.degrees)
+    negatives.check_sizes(len(item_vectors))
     batch = Interactions(user_index.int(), item_index.int())
     if not fused:
         vectors = user_vectors, item_vectors, item_bias
