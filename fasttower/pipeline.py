@@ -28,8 +28,8 @@ from fasttower.training.trainer import TrainedModel, Trainer
 from fasttower.versions import versions
 from fasttower_kernels.backends import choose_backend
 from fasttower_kernels.known_positives import KnownPositives
+from fasttower_kernels.step.device_memory import check_device_memory, resident_bytes
 from fasttower_kernels.tables import Interactions, padded
-from fasttower_kernels.train_steps.device_memory import check_device_memory, resident_bytes
 
 if TYPE_CHECKING:
     from typing import TypeAlias

@@ -22,6 +22,7 @@ from fasttower_kernels.tables import Tables
 # numba's own annotations are about calls from Python; for code that it compiles they do not fit.
 njit: Any = numba.njit
 intrinsic: Any = extending.intrinsic
+_overload: Any = extending.overload
 uint32: Any = numba.uint32
 uint64: Any = numba.uint64
 int32: Any = numba.int32
@@ -71,25 +72,26 @@ def entry_point(function: Function) -> Function:
 def chosen(stub: Callable[..., Any], compiled: Callable[[str], Callable[..., Any]]) -> None:
     """Make a stub of a name the compiled function of that name, for compiled code that calls it.
 
-    ``stub(name)(...)`` with a literal name compiles only what it names. Closing over the function itself would
-    miss the cache on disk in every process.
+    ``stub(name)(...)`` with a literal name compiles only what it names. Closing over the function itself
+    would miss the cache on disk in every process.
 
     Args:
         stub: takes the name.
         compiled: gives the function that a name stands for.
     """
 
-    def choose(name: Any) -> Callable[[Any], Any] | None:
+    # numba wants the same annotations of both.
+    def choose(name: Any) -> Callable[[Any], Any] | None:  # noqa: ANN401
         if not isinstance(name, types.StringLiteral):
             return None  # numba then tries the literal
         function = compiled(name.literal_value)
 
-        def run(name: Any) -> Any:
+        def run(name: Any) -> Any:  # noqa: ANN401
             return function
 
         return run
 
-    extending.overload(stub, prefer_literal=True, jit_options=OPTIONS)(choose)
+    _overload(stub, prefer_literal=True, jit_options=OPTIONS)(choose)
 
 
 def empty(dtype: type) -> Array:

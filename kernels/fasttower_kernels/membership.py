@@ -116,7 +116,7 @@ def touched(user: int, item: int, bits: Array, words: int, exact: bool, indptr: 
 
 
 @njit(**OPTIONS)
-def prefetch_bits(known: Any, users: Array, start: int, size: int) -> None:
+def prefetch_bits(known: tuple[Array, ...], users: Array, start: int, size: int) -> None:
     """Fetch what the draws of some users, ``users[start : start + size]``, are looked up in."""
     bits, words, _, _ = known
     for w in range(size):

@@ -104,10 +104,10 @@ class LossSettings:
 class NegativeSettings:
     """Where the negatives of a positive come from.
 
-    Attributes: proposal: uniform and popularity draw ``count`` negatives for each positive. The others score
-        a block of
-            positives against one list: shared draws it uniformly, in-batch takes the block's own items, mixed
-            takes both.
+    Attributes:
+        proposal: uniform and popularity draw ``count`` negatives for each positive. The others score a block
+            of positives against one list: shared draws it uniformly, in-batch takes the block's own items,
+            mixed takes both.
         count: N, drawn for each positive or for each block, 0 or more; in-batch does not read it.
         pool: where it is not 0, draw so many for each positive and keep the N with the largest logits.
         popularity_power: an item is drawn in proportion to its count to this power, 0 or more; only

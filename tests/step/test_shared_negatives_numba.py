@@ -10,17 +10,17 @@ import torch
 
 from fasttower_kernels.compiled import SOURCES, entry_point, flat_arrays, uint32, uint64
 from fasttower_kernels.known_positives import KnownPositives
-from fasttower_kernels.losses import LossSettings
 from fasttower_kernels.losses.numba_cpu import NORMALISED, TILE
 from fasttower_kernels.losses.scales_numba_cpu import factors_of, scales_of
-from fasttower_kernels.negatives.proposal import Negatives
-from fasttower_kernels.negatives.settings import NegativeSettings
-from fasttower_kernels.step import gradients_reference
+from fasttower_kernels.negatives import Negatives
+from fasttower_kernels.settings import LossSettings, NegativeSettings
+from fasttower_kernels.step.batch_numba_cpu import take_own
+from fasttower_kernels.step.gradients import reference
 from fasttower_kernels.step.shared_negatives import numba_cpu, user_tile_numba_cpu
 from fasttower_kernels.step.shared_negatives.batch_numba_cpu import Lists, add_shared_batch
+from fasttower_kernels.step.variant_numba_cpu import variant_of
 from fasttower_kernels.tables import Interactions, Tables, padded
 from fasttower_kernels.threads import run_in_threads
-from fasttower_kernels.train_steps.batch_numba_cpu import take_own
 
 KEY, STEP = (11, 12), 5
 NUM_USERS, NUM_ITEMS = 90, 60
@@ -57,8 +57,8 @@ def in_float64(tables):
 
 def assert_right(tables, batch, negatives, loss):
     gradients, right = tables.zeros_like(), in_float64(tables.zeros_like())
-    value = numba_cpu.add_gradients(tables, gradients, batch, negatives, loss, key=KEY, step=STEP)
-    right_value = gradients_reference.add_gradients(
+    value = numba_cpu.run_batch(tables, gradients, batch, negatives, loss, key=KEY, step=STEP)
+    right_value = reference.add_gradients(
         in_float64(tables), right, batch, negatives, loss, key=KEY, step=STEP
     )
     torch.testing.assert_close(value, right_value.double(), rtol=1e-5, atol=1e-6)
@@ -108,8 +108,8 @@ def test_vectors_below_the_least_norm():
     tables.items[int(batch.item_index[1])] *= 1e-10
     gradients, right = tables.zeros_like(), in_float64(tables.zeros_like())
     negatives = make_negatives(NegativeSettings("in-batch", block_size=60))
-    numba_cpu.add_gradients(tables, gradients, batch, negatives, loss, key=KEY, step=STEP)
-    gradients_reference.add_gradients(in_float64(tables), right, batch, negatives, loss, key=KEY, step=STEP)
+    numba_cpu.run_batch(tables, gradients, batch, negatives, loss, key=KEY, step=STEP)
+    reference.add_gradients(in_float64(tables), right, batch, negatives, loss, key=KEY, step=STEP)
     for gradient, expected in zip(gradients, right, strict=True):
         size = expected.abs().amax(-1, keepdim=True) if expected.ndim == 2 else expected.abs().max()
         assert ((gradient.double() - expected).abs() <= 1e-4 * size + 1e-6).all()
@@ -120,14 +120,12 @@ def test_gathered_users_and_parts_of_a_batch():
     settings, loss = NegativeSettings("mixed", count=9, block_size=32), LossSettings("softmax")
     negatives, tables, batch = make_negatives(settings), make_tables(64), make_batch(100)
     gradients = tables.zeros_like()
-    value = numba_cpu.add_gradients(tables, gradients, batch, negatives, loss, key=KEY, step=STEP)
+    value = numba_cpu.run_batch(tables, gradients, batch, negatives, loss, key=KEY, step=STEP)
 
     rows = batch.user_index.long()
     gathered = Tables(tables.users[rows], tables.items, tables.item_bias)
     of_rows = gathered.zeros_like()
-    again = numba_cpu.add_gradients(
-        gathered, of_rows, batch, negatives, loss, key=KEY, step=STEP, gathered=True
-    )
+    again = numba_cpu.run_batch(gathered, of_rows, batch, negatives, loss, key=KEY, step=STEP, gathered=True)
     assert torch.equal(again, value)
     assert torch.equal(of_rows.items, gradients.items)
     summed = torch.zeros_like(gradients.users).index_add_(0, rows, of_rows.users)
@@ -136,15 +134,17 @@ def test_gathered_users_and_parts_of_a_batch():
     parts = 0
     for begin in range(0, 100, 64):
         part = Interactions(batch.user_index[begin : begin + 64], batch.item_index[begin : begin + 64])
-        parts += numba_cpu.loss_sum(tables, part, negatives, loss, key=KEY, step=STEP, first_position=begin)
+        parts += numba_cpu.run_batch(
+            tables, None, part, negatives, loss, key=KEY, step=STEP, first_position=begin
+        )
     torch.testing.assert_close(parts, value, rtol=1e-12, atol=0)
 
 
 @lru_cache
 def threaded(variant, sources=SOURCES):
     """The part of a training step that adds the gradients, a thread's share of it."""
-    width, has_bias, exclude, has_l2, cosine, loss = variant
-    normalised = loss in NORMALISED
+    width, has_bias, exclude, _, has_l2, similarity, _, loss = variant
+    cosine, normalised = similarity == "cosine", loss in NORMALISED
 
     def run(parameters, gradients, batch, known, sampling, constants, factors, own, sums, counter, thread):
         _ = sources
@@ -183,7 +183,7 @@ def gradients_in_threads(threads, tables, batch, negatives, loss):
     gradients = tuple(np.zeros(shape, np.float32) for shape in shapes)
     sums = np.zeros(threads)
     run_in_threads(
-        threaded(numba_cpu.variant_of(tables, negatives, loss)),
+        threaded(variant_of(tables, negatives, loss)),
         (
             flat_arrays(tables),
             gradients,
@@ -212,7 +212,7 @@ def test_threads_share_a_batch(settings):
         np.testing.assert_allclose(part, whole, rtol=1e-4, atol=1e-6)
 
     alone = tables.zeros_like()
-    value = numba_cpu.add_gradients(tables, alone, batch, negatives, loss, key=KEY, step=STEP)
+    value = numba_cpu.run_batch(tables, alone, batch, negatives, loss, key=KEY, step=STEP)
     assert float(value) == one[0]  # the same code whoever calls it
     assert all(np.array_equal(a, b.numpy().reshape(-1)) for a, b in zip(one[1], alone, strict=True))
 
@@ -222,7 +222,7 @@ def test_a_diverged_run_shows():
     tables.users[int(batch.user_index[0]), 3] = torch.nan
     gradients = tables.zeros_like()
     negatives = make_negatives(NegativeSettings("in-batch", block_size=64))
-    value = numba_cpu.add_gradients(
+    value = numba_cpu.run_batch(
         tables, gradients, batch, negatives, LossSettings("softmax"), key=KEY, step=STEP
     )
     assert torch.isnan(value)
@@ -232,9 +232,8 @@ def test_a_diverged_run_shows():
 LARGE_BLOCK = """
 import resource, torch
 from fasttower_kernels.known_positives import KnownPositives
-from fasttower_kernels.losses import LossSettings
-from fasttower_kernels.negatives.proposal import Negatives
-from fasttower_kernels.negatives.settings import NegativeSettings
+from fasttower_kernels.negatives import Negatives
+from fasttower_kernels.settings import LossSettings, NegativeSettings
 from fasttower_kernels.step.shared_negatives import numba_cpu
 from fasttower_kernels.tables import Interactions, Tables
 def run(size):
@@ -243,7 +242,7 @@ def run(size):
     tables = Tables(torch.ones(size, 4), torch.ones(size, 4), torch.zeros(size))
     settings = NegativeSettings("in-batch", block_size=size)
     negatives = Negatives.of(settings, batch, size, size, KnownPositives.from_pairs(index, index, size, size))
-    numba_cpu.add_gradients(tables, tables.zeros_like(), batch, negatives, LossSettings(), key=(0, 0), step=0)
+    numba_cpu.run_batch(tables, tables.zeros_like(), batch, negatives, LossSettings(), key=(0, 0), step=0)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 run(16)
 before = run(16)

@@ -37,9 +37,9 @@ def accumulate(loss: str) -> Callable[..., None]:
 def slopes(loss: str) -> Callable[..., None]:
     """Of a literal name: ``(x, end, last, tile)``, to replace logits by slopes, times the weights.
 
-    ``x`` (rows * TILE,), float32: rows 1 .. end - 1 are the chunk's negatives. Row 0, the positives, is read in
-    every chunk and replaced in the last one, which ``last`` says. ``tile`` is of `new_tile`; its value becomes
-    the loss of this chunk.
+    ``x`` (rows * TILE,), float32: rows 1 .. end - 1 are the chunk's negatives. Row 0, the positives, is read
+    in every chunk and replaced in the last one, which ``last`` says. ``tile`` is of `new_tile`; its value
+    becomes the loss of this chunk.
     """
     raise NotImplementedError  # compiled code only
 

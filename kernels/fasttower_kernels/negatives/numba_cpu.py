@@ -18,9 +18,9 @@ from fasttower_kernels.compiled import (
     OPTIONS,
     SOURCES,
     Array,
+    chosen,
     empty,
     entry_point,
-    chosen,
     njit,
     uint32,
     uint64,
@@ -51,7 +51,7 @@ class Draws(NamedTuple):
         log_free_mass: (U,), float32.
     """
 
-    count: int
+    count: int  # type: ignore[assignment]  # nobody calls a tuple's method of that name
     num_items: int
     k0: int
     k1: int
@@ -77,9 +77,9 @@ def draw_tile(proposal: str) -> Callable[..., None]:
 
     Draws negatives first .. first + count - 1 of each positive.
 
-    ``items`` (rows * TILE,), uint32: draw k of positive w goes to ``items[(1 + k - first) * TILE + w]``; there
-    are at least 1 + count rounded up to a multiple of 4 rows. ``positions`` (B,), uint32: positions in the
-    batch. ``start`` uint64: where the tile begins in it. ``first`` uint64, a multiple of 4. ``count`` uint64.
+    ``items`` (rows * TILE,), uint32: draw k of positive w goes to ``items[(1 + k - first) * TILE + w]``;
+    there are at least 1 + count rounded up to a multiple of 4 rows. ``positions`` (B,), uint32: in the batch.
+    ``start`` uint64: where the tile begins in it. ``first`` uint64, a multiple of 4. ``count`` uint64.
     ``draws``: of `draws_of`. ``step`` uint32.
     """
     raise NotImplementedError  # compiled code only
@@ -284,7 +284,7 @@ def sample_negatives(
     popularity: Popularity | None = None,
     first_position: int = 0,
 ) -> Tensor:
-    """The draws alone, as the training step makes them. See the reference's `sample_negatives`."""
+    """Only the draws, as the training step makes them. See the reference's `sample_negatives`."""
     size = len(user_index)
     users = np.zeros(size + TILE, dtype=np.uint32)
     users[:size] = user_index.numpy()

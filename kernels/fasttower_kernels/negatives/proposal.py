@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from fasttower_kernels.errors import FastTowerError
 from fasttower_kernels.known_positives import KnownPositives
 from fasttower_kernels.negatives.popularity import Popularity, popularity
 from fasttower_kernels.settings import NegativeSettings
@@ -18,10 +19,13 @@ from fasttower_kernels.tables import Interactions
 class Negatives:
     """Where a step gets its negatives from.
 
-    Attributes: settings: of the draws. num_users: U. num_items: I. known_positives: what negatives leave out;
-        None draws from the whole catalogue. item_counts: (I,), int64: how often each item stands in the n
-        rows of the part that is trained on; None
-            where the proposal does not read it.
+    Attributes:
+        settings: of the draws.
+        num_users: U.
+        num_items: I.
+        known_positives: what negatives leave out; None draws from the whole catalogue.
+        item_counts: (I,), int64: how often each item stands in the n rows of the part that is trained on;
+            None where the proposal does not read it.
         num_rows: n.
     """
 
@@ -45,6 +49,17 @@ class Negatives:
         if settings.proposal in ("popularity", "in-batch", "mixed"):
             counts = torch.bincount(trained.item_index, minlength=num_items)
         return Negatives(settings, num_users, num_items, known_positives, counts, len(trained))
+
+    def check_sizes(self, num_items: int, num_users: int | None = None) -> None:
+        """Check that they are of a catalogue, and where ``num_users`` is given of these users.
+
+        Raises:
+            FastTowerError: they are not.
+        """
+        if self.num_items != num_items:
+            raise FastTowerError(f"the negatives are of {self.num_items} items; expected {num_items}.")
+        if num_users is not None and self.num_users != num_users:
+            raise FastTowerError(f"the negatives are of {self.num_users} users; expected {num_users}.")
 
     @cached_property
     def popularity(self) -> Popularity | None:

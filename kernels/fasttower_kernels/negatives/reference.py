@@ -124,8 +124,7 @@ def log_expected(batch: Interactions, drawn: Drawn, negatives: Negatives) -> Ten
     """Logarithms of q, float32, (B, N) or (B, 1): how often a negative is expected among its positive's.
 
     Uniform: N / (I - degree). By popularity: N p / (1 - P_u), P_u the mass of the user's known positives;
-        what
-    came from the gap search is uniform.
+    what came from the gap search is uniform.
     """
     users, known = batch.user_index.long(), negatives.known_positives
     count = negatives.settings.drawn

@@ -68,9 +68,9 @@ class Step:
             settings: of the loss, the optimiser and the batches; their negatives are those of ``negatives``.
             backend: the implementation.
 
-        Raises: FastTowerError: arrays that do not fit each other, or the backend cannot run here or not with
-            these
-                settings.
+        Raises:
+            FastTowerError: arrays that do not fit each other, or the backend cannot run here or not with
+                these settings.
         """
         if not len(interactions):
             raise FastTowerError("there are no interactions to train on; expected 1 or more.")
@@ -81,6 +81,7 @@ class Step:
         others = {"gradients": state.gradients, "moments_1": state.moments_1, "moments_2": state.moments_2}
         check_tables(state.parameters, others, fused=steps is not reference)
         check_pairs(state.parameters, interactions, negatives.known_positives)
+        negatives.check_sizes(len(state.parameters.items), len(state.parameters.users))
         self._steps: _Runs = steps.Steps(state, interactions, negatives, settings)
 
     def run(self, first_step: int, num_steps: int) -> Tensor:
@@ -90,7 +91,8 @@ class Step:
             first_step: t of the first step.
             num_steps: how many; they must not pass the end of the epoch of ``first_step``.
 
-        Returns: float64 scalar on the CPU or the state's device: the loss's values summed over the steps'
+        Returns:
+            float64 scalar on the CPU or the state's device: the loss's values summed over the steps'
             positives, without L2.
 
         Raises:
@@ -98,8 +100,8 @@ class Step:
         """
         if not 0 < num_steps <= self._per_epoch - first_step % self._per_epoch:
             raise FastTowerError(
-                f"{num_steps} steps from step {first_step} leave its epoch of {self._per_epoch} steps; ask for "
-                "fewer."
+                f"{num_steps} steps from step {first_step} leave its epoch of {self._per_epoch} steps; "
+                "ask for fewer."
             )
         check_step(first_step + num_steps - 1)  # the first is of the same epoch, and below 0 with it
         return self._steps.run(first_step, num_steps)

@@ -73,8 +73,8 @@ def sampled_loss(
 
     Raises:
         FastTowerError: shapes, dtypes or devices that do not fit, an index out of range (on a GPU, whose
-            indices are not waited for, a device-side assertion as of ``torch.nn.Embedding``), settings that do
-            not go together, or the backend cannot run here.
+            indices are not waited for, a device-side assertion as of ``torch.nn.Embedding``), settings that
+            do not go together, or the backend cannot run here.
     """
     run = implementation("fasttower_kernels.step.gradients", backend, user_vectors.device)
     fused = run is not reference
@@ -94,6 +94,7 @@ def sampled_loss(
             )
         check_known_positives(known, len(item_vectors), item_vectors.device)
         _check_index("user_index", user_index, len(user_vectors), known.degrees)
+    negatives.check_sizes(len(item_vectors))
     batch = Interactions(user_index.int(), item_index.int())
     if not fused:
         vectors = user_vectors, item_vectors, item_bias

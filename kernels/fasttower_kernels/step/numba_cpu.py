@@ -6,9 +6,9 @@ adds to the users' gradients, which nobody else touches, and to its own copy of 
 takes a piece of the tables each and first adds up the copies, in the threads' order. So a run repeats bit for
 bit for a given number of threads.
 
-With the lazy optimiser each thread first finds the rows that its positives will read, to mark them, and brings
-a piece of the marked rows up to date; Adam then takes only the marked rows. All rows are brought up to date
-when the steps are done.
+With the lazy optimiser each thread first marks the rows that its positives will read, and brings a piece of
+the marked rows up to date; Adam then takes only the marked rows. All rows are brought up to date when the
+steps are done.
 """
 
 from __future__ import annotations

@@ -90,5 +90,6 @@ def _check(
     parameters: Tables, batch: Interactions, negatives: Negatives, loss: LossSettings, step: int
 ) -> None:
     check_pairs(parameters, batch, negatives.known_positives)
+    negatives.check_sizes(len(parameters.items), len(parameters.users))
     check_together(loss, negatives.settings)
     check_step(step)

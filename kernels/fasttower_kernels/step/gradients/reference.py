@@ -31,11 +31,17 @@ def batch_loss(
 ) -> tuple[Tensor, Tensor]:
     """The loss of a batch, left to autograd.
 
-    Args: user_vectors: (B, D): row b is the vector of positive b's user. item_vectors: (I, D). item_bias:
-        (I,), or None. batch: the B positives. negatives: where they come from. loss: of a positive. key: of
-        the stream of negatives. step: t. first_position: the batch position of the first positive, where a
-        batch is handled in parts; with shared
-            negatives a multiple of the block size.
+    Args:
+        user_vectors: (B, D): row b is the vector of positive b's user.
+        item_vectors: (I, D).
+        item_bias: (I,), or None.
+        batch: the B positives.
+        negatives: where they come from.
+        loss: of a positive.
+        key: of the stream of negatives.
+        step: t.
+        first_position: the batch position of the first positive, where a batch is handled in parts; with
+            shared negatives a multiple of the block size.
 
     Returns:
         The loss to minimise, and the sum of its values without L2, both scalars.

@@ -12,9 +12,10 @@ from fasttower_kernels.losses.numba_cpu import TILE
 def keep_largest(
     x: Array, norms: Array, items: Array, pool: int, kept: int, hits: Array, by_rank: int
 ) -> int:
-    """Move the negatives with the largest logits to rows 1 .. kept, the largest first, of equal ones the earlier.
+    """Move the negatives with the largest logits to rows 1 .. kept, the largest first.
 
-    One pass over the pool for each that is kept: the tile's positives lie side by side, so a pass vectorises.
+    Of equal ones the earlier comes first. One pass over the pool for each that is kept: the tile's positives
+    lie side by side, so a pass vectorises.
 
     Args:
         x: (rows * TILE,), float32: logits; row 0 stays.
@@ -22,7 +23,8 @@ def keep_largest(
         items: (rows * TILE,), uint32: moved along.
         pool: uint64.
         kept: uint64, at most pool.
-        hits: (rows * TILE,), uint32: begins with slots of rows 1 .. pool, which become the slots where these went.
+        hits: (rows * TILE,), uint32: begins with slots of rows 1 .. pool, which become the slots where these
+            went.
         by_rank: uint64: how many slots.
 
     Returns:

@@ -1,8 +1,8 @@
-"""Positives with negatives of their own, compiled: a tile of positives at a time, from the draws to the gradients.
+"""Positives with negatives of their own, compiled: a tile at a time, from the draws to the gradients.
 
-A tile's draws, logits and slopes lie negative by negative with its positives side by side, so that Philox, exp
-and log vectorise over the positives. Negatives are handled in chunks: no buffer grows with N, but with the
-pool of hard ones, which is chosen from as a whole.
+A tile's draws, logits and slopes lie negative by negative with its positives side by side, so that Philox,
+exp and log vectorise over the positives. Negatives are handled in chunks: no buffer grows with N, but with
+the pool of hard ones, which is chosen from as a whole.
 """
 
 from __future__ import annotations
@@ -93,8 +93,9 @@ def _subtract_log_q(
             x[slot] += other + draws.log_p[uint64(items[slot])] - uniform
 
 
+# Its branches are the seams, chosen when it is compiled; cut up, each part would take a dozen arrays.
 @njit(fastmath=FAST, **OPTIONS)
-def add_batch(
+def add_batch(  # noqa: PLR0912, PLR0915
     parameters: Any,
     gradients: Any,
     batch: Array,

@@ -14,9 +14,9 @@ _OPTIONS = OPTIONS | {"fastmath": FAST}
 
 
 def score_tile(similarity: str) -> Callable[..., None]:
-    """Of a literal name, to write the logits of rows begin .. end - 1 of ``items`` to the same places of ``x``.
+    """Of a literal name, to write the logits of rows begin .. end - 1 of ``items`` to ``x``.
 
-    Its arguments are those of `_score_by_dot`.
+    They go to the same places. Its arguments are those of `_score_by_dot`.
     """
     raise NotImplementedError  # compiled code only
 
@@ -48,8 +48,8 @@ def _score_by_dot(
 
     Args:
         x: (rows * TILE,), float32.
-        norms: (2 * rows * TILE,), float32: with cosine, for each logit the inverse norm of its item, and in the
-            second half the logit without its bias; else empty.
+        norms: (2 * rows * TILE,), float32: with cosine, for each logit the inverse norm of its item, and in
+            the second half the logit without its bias; else empty.
         items: (rows * TILE,), uint32.
         rows: (B,), uint32: of the user table.
         start: uint64: where the tile begins in it.

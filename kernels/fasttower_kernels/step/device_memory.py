@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fasttower_kernels.errors import FastTowerError
-from fasttower_kernels.train_steps.state import TableDtype
+from fasttower_kernels.settings import TableDtype
 
 
 def resident_bytes(
