@@ -1,7 +1,8 @@
 """The losses in Triton, chosen when a kernel is compiled.
 
 For a negative's logit x, the positive's logit p and, where the loss is normalised, the log-sum-exp z of all
-of them (else 0), `negative` gives value and slope; `positive` follows, with the sum of their slopes.
+of them (else 0), `negative` gives a value in two parts, ``linear + log(factor)``, and a slope. `positive`
+follows, with the sum of the negatives' slopes.
 """
 
 # Constants of a kernel are written in capitals, and arguments get their types when it is compiled.
@@ -23,25 +24,31 @@ _gbce_negative, _gbce_positive = gbce.negative, gbce.positive
 _bpr_negative, _bpr_positive = bpr.negative, bpr.positive
 _softmax_negative, _softmax_positive = softmax.negative, softmax.positive
 
+NORMALISED = frozenset({"softmax"})
+"""Losses whose slopes need the log-sum-exp of all logits first."""
+
+POSITIVE_LAST = frozenset({"bpr", "softmax"})
+"""Losses whose positive has minus the slopes of its negatives."""
+
 
 @triton.jit
 def negative(x, p, z, LOSS: tl.constexpr):
-    """Value and slope of a negative's logit."""
+    """Value, as ``linear + log(factor)``, and slope of a negative's logit."""
     if LOSS == "bce":
-        value, slope = _bce_negative(x, p, z)
+        linear, factor, slope = _bce_negative(x, p, z)
     elif LOSS == "gbce":
-        value, slope = _gbce_negative(x, p, z)
+        linear, factor, slope = _gbce_negative(x, p, z)
     elif LOSS == "bpr":
-        value, slope = _bpr_negative(x, p, z)
+        linear, factor, slope = _bpr_negative(x, p, z)
     else:
         tl.static_assert(LOSS == "softmax")
-        value, slope = _softmax_negative(x, p, z)
-    return value, slope
+        linear, factor, slope = _softmax_negative(x, p, z)
+    return linear, factor, slope
 
 
 @triton.jit
 def positive(p, z, total, weight, LOSS: tl.constexpr):
-    """Value and slope of the positive's logit.
+    """Value, as ``linear + log(factor)``, and slope of the positive's logit.
 
     Args:
         p: its logit.
@@ -51,17 +58,12 @@ def positive(p, z, total, weight, LOSS: tl.constexpr):
         LOSS: the loss's name.
     """
     if LOSS == "bce":
-        value, slope = _bce_positive(p, z, total, weight)
+        linear, factor, slope = _bce_positive(p, z, total, weight)
     elif LOSS == "gbce":
-        value, slope = _gbce_positive(p, z, total, weight)
+        linear, factor, slope = _gbce_positive(p, z, total, weight)
     elif LOSS == "bpr":
-        value, slope = _bpr_positive(p, z, total, weight)
+        linear, factor, slope = _bpr_positive(p, z, total, weight)
     else:
         tl.static_assert(LOSS == "softmax")
-        value, slope = _softmax_positive(p, z, total, weight)
-    return value, slope
-
-
-def is_normalised(loss: str) -> bool:
-    """Whether a loss needs z before any slope."""
-    return loss == "softmax"
+        linear, factor, slope = _softmax_positive(p, z, total, weight)
+    return linear, factor, slope

@@ -1,4 +1,4 @@
-"""BCE in Triton."""
+"""BCE in Triton; see `losses.triton_gpu`."""
 
 # Arguments get their types when a kernel is compiled.
 # mypy: disallow-untyped-defs=False
@@ -12,12 +12,12 @@ from fasttower_kernels.losses.triton_math import softplus_and_sigmoid
 
 @triton.jit
 def negative(x, p, z):
-    """Value and slope of a negative's logit."""
+    """Value in two parts, and slope, of a negative's logit."""
     return softplus_and_sigmoid(x)
 
 
 @triton.jit
 def positive(p, z, total, weight):
-    """Value and slope of the positive's logit. The slope keeps its precision where sigmoid(p) is near 1."""
-    value, slope = softplus_and_sigmoid(-p)
-    return value, -slope
+    """Value in two parts, and slope, of the positive's logit, precise also where sigmoid(p) is near 1."""
+    linear, factor, slope = softplus_and_sigmoid(-p)
+    return linear, factor, -slope

@@ -1,4 +1,4 @@
-"""Generalised BCE in Triton."""
+"""Generalised BCE in Triton; see `losses.triton_gpu`."""
 
 # Arguments get their types when a kernel is compiled.
 # mypy: disallow-untyped-defs=False
@@ -6,18 +6,19 @@
 from __future__ import annotations
 
 import triton
+import triton.language as tl
 
 from fasttower_kernels.losses.triton_math import softplus_and_sigmoid
 
 
 @triton.jit
 def negative(x, p, z):
-    """Value and slope of a negative's logit."""
+    """Value in two parts, and slope, of a negative's logit."""
     return softplus_and_sigmoid(x)
 
 
 @triton.jit
 def positive(p, z, total, weight):
-    """Value and slope of the positive's logit, times beta."""
-    value, slope = softplus_and_sigmoid(-p)
-    return weight * value, -weight * slope
+    """Value in two parts, and slope, of the positive's logit, times beta."""
+    linear, factor, slope = softplus_and_sigmoid(-p)
+    return weight * (linear + tl.log(factor)), factor * 0.0 + 1.0, -weight * slope

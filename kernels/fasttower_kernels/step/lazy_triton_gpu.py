@@ -38,9 +38,10 @@ from torch import Tensor
 from fasttower_kernels.adam.lazy_triton_gpu import catch_up_launch, catch_up_table_rows, epoch_clock
 from fasttower_kernels.adam.triton_gpu import update_tables
 from fasttower_kernels.negatives.triton_gpu import draw_quad
-from fasttower_kernels.sampled_bce.triton_batch import batch_exclusion, batch_positives
+from fasttower_kernels.settings import LazyTables
+from fasttower_kernels.step.batch_triton_gpu import batch_exclusion, batch_positives
+from fasttower_kernels.step.state import TrainState
 from fasttower_kernels.tables import ROW_ALIGNMENT, Tables
-from fasttower_kernels.train_steps.state import LazyTables, TrainState
 from fasttower_kernels.triton_launch import Launch
 from fasttower_kernels.triton_tiles import warp_lanes
 
@@ -144,7 +145,7 @@ def lazy_update_kernel(
         rates_ptr: (steps, 2), of `step_rates`.
         nodes_ptr: of `replay_nodes`.
         decays_ptr: (steps, 2), of `decays`.
-        user_index_ptr: as in `sampled_bce_kernel`, like all that follows.
+        user_index_ptr: as in `own_negatives_kernel`, like all that follows.
         item_index_ptr: of the positives.
         indptr_ptr: of the exclusion.
         known_items_ptr: of the exclusion.
@@ -300,7 +301,7 @@ def lazy_update_kernel(
 
 
 class LazyLaunches(NamedTuple):
-    """Lazy Adam beside the launches of `sampled_bce_kernel`.
+    """Lazy Adam beside the launches of `own_negatives_kernel`.
 
     Attributes:
         stamps: of the rows of each lazy table; all get the number of the first step before it.

@@ -30,13 +30,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fasttower_kernels.known_positives import KnownPositives
+from fasttower_kernels.errors import FastTowerError
+from fasttower_kernels.losses.triton_gpu import NORMALISED, POSITIVE_LAST, negative, positive
+from fasttower_kernels.negatives.proposal import Negatives
 from fasttower_kernels.negatives.triton_gpu import draw_quad, exclusion_arguments
 from fasttower_kernels.philox import Key
-from fasttower_kernels.sampled_bce.settings import LossSettings
-from fasttower_kernels.sampled_bce.triton_batch import batch_exclusion, batch_positives
-from fasttower_kernels.sampled_bce.triton_segments import reduce_pairs
+from fasttower_kernels.settings import LossSettings, NegativeSettings
 from fasttower_kernels.shuffle.triton_gpu import row_bits
+from fasttower_kernels.similarity import LEAST_NORM
+from fasttower_kernels.step.batch_triton_gpu import batch_exclusion, batch_positives
+from fasttower_kernels.step.segments_triton_gpu import reduce_pairs
 from fasttower_kernels.tables import Interactions, Tables
 from fasttower_kernels.triton_launch import Launch, device_scope, signed_word
 from fasttower_kernels.triton_tiles import tile_of, warp_lanes
@@ -53,16 +56,7 @@ class Output(IntEnum):
 _NOTHING = tl.constexpr(int(Output.NOTHING))
 _GRADIENTS = tl.constexpr(int(Output.GRADIENTS))
 _PAIRS = tl.constexpr(int(Output.PAIRS))
-
-
-@triton.jit
-def _softplus_and_sigmoid(x):
-    """Softplus as `linear + log(factor)`, factor in (1, 2], and its derivative.
-
-    The factors of several logits are multiplied first: a logarithm costs twenty instructions.
-    """
-    e = tl.exp(-tl.abs(x))
-    return tl.maximum(x, 0.0), 1.0 + e, tl.where(x >= 0, 1.0, e) / (1.0 + e)
+_LEAST_NORM = tl.constexpr(LEAST_NORM)
 
 
 @triton.jit
@@ -84,6 +78,30 @@ def _load_items(items_ptr, bias_ptr, item_index, live, WIDTH: tl.constexpr, BLOC
 
 
 @triton.jit
+def _inverse_norm(vectors):
+    """1 / |v| of rows [R, BLOCK_D], a norm below LEAST_NORM counting as this; and 0 for those, else 1."""
+    square = tl.sum(vectors * vectors, axis=1)
+    large = square > _LEAST_NORM * _LEAST_NORM
+    inverse = 1.0 / tl.where(large, tl.sqrt(square), _LEAST_NORM)
+    return inverse, tl.where(large, 1.0, 0.0)
+
+
+@triton.jit
+def _score(user, item, COSINE: tl.constexpr):
+    """Inner products of users, as they are read, and raw items; with cosine also what normalises an item.
+
+    Returns:
+        [R]: the logit without bias, the inverse norm of the item, and whether gradients pass through it.
+    """
+    inverse, passes = 1.0, 1.0
+    logit = tl.sum(user * item, axis=1)
+    if COSINE:
+        inverse, passes = _inverse_norm(item)
+        logit *= inverse
+    return logit, inverse, passes
+
+
+@triton.jit
 def _add_item_gradients(
     item_gradients_ptr,
     bias_gradients_ptr,
@@ -91,19 +109,37 @@ def _add_item_gradients(
     coefficient,
     user,
     item,
+    bias,
+    scored,
     item_l2,
+    bias_l2,
     live,
     HAS_L2: tl.constexpr,
+    COSINE: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """Add what a pair gives to its item and the item's bias; ``scored`` is what `_score` gave."""
     offsets, mask = _rows(item_index, live, WIDTH, BLOCK_D)
-    gradient = coefficient[:, None] * user
-    if HAS_L2:
-        gradient += item_l2 * item
+    own = item_l2
+    if COSINE:
+        # ``r (g u - <g u, v r> v r)``: the logit is <u, v r>.
+        logit, inverse, passes = scored
+        gradient = (coefficient * inverse)[:, None] * user
+        own = -coefficient * logit * inverse * inverse * passes
+        if HAS_L2:
+            own += item_l2
+        gradient += own[:, None] * item
+    else:
+        gradient = coefficient[:, None] * user
+        if HAS_L2:
+            gradient += own * item
     tl.atomic_add(item_gradients_ptr + offsets, gradient, mask=mask, sem="relaxed")
     if bias_gradients_ptr is not None:
-        tl.atomic_add(bias_gradients_ptr + item_index, coefficient, mask=live, sem="relaxed")
+        of_bias = coefficient
+        if HAS_L2:
+            of_bias += bias_l2 * bias
+        tl.atomic_add(bias_gradients_ptr + item_index, of_bias, mask=live, sem="relaxed")
 
 
 @triton.jit(
@@ -118,7 +154,7 @@ def _add_item_gradients(
         "num_negatives",
     ]
 )
-def sampled_bce_kernel(
+def own_negatives_kernel(
     users_ptr,
     items_ptr,
     bias_ptr,
@@ -146,14 +182,20 @@ def sampled_bce_kernel(
     num_items,
     num_negatives,
     pairs,
+    temperature,
+    calibration,
     user_l2,
     item_l2,
+    bias_l2,
     WIDTH: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_B: tl.constexpr,
     SHUFFLE: tl.constexpr,
     GATHERED: tl.constexpr,
     OUTPUT: tl.constexpr,
+    LOSS: tl.constexpr,
+    NORMALISED: tl.constexpr,
+    POSITIVE_LAST: tl.constexpr,
 ):
     """One batch of the loss in `reference`, and its gradients.
 
@@ -177,7 +219,7 @@ def sampled_bce_kernel(
         words_ptr: (10,), int32: the key of the negatives, and the 8 round keys of the order.
         counters_ptr: (2,), int64: t, which this kernel reads, and Adam's count, which it sets to t + 1. No
             program may write what others still read, so each kernel advances the counter of the other one.
-        losses_ptr: (programs,), float64: a program adds its BCE sum to its own slot.
+        losses_ptr: (programs,), float64: a program adds its sum of values to its own slot.
         num_rows: n.
         batch_size: B.
         steps: ceil(n / B).
@@ -187,14 +229,21 @@ def sampled_bce_kernel(
         num_items: I.
         num_negatives: N.
         pairs: terms of the loss that a positive is divided by.
-        user_l2: 2 * l2; None without L2.
-        item_l2: 4 * l2 / (N + 1); None without L2.
+        temperature: of cosine similarity; None for the dot product.
+        calibration: of gbce.
+        user_l2: 2 * user_l2; None, like the next two, without L2.
+        item_l2: 4 * item_l2 / (N + 1).
+        bias_l2: 4 * bias_l2 / (N + 1).
         WIDTH: the padded width of a row.
         BLOCK_D: the power of two from it.
         BLOCK_B: positives a program.
         SHUFFLE: the batch is number t mod steps of the shuffled order; otherwise the rows are the batch.
         GATHERED: row b of the user table belongs to position b of the batch, whoever the user is.
         OUTPUT: see `Output`.
+        LOSS: its name.
+        NORMALISED: whether it needs the log-sum-exp of all logits: then the negatives are drawn and scored
+            twice, and log q is taken off their logits.
+        POSITIVE_LAST: whether its positive needs the slopes of the negatives.
     """
     program = tl.program_id(0)
     step = tl.load(counters_ptr)
@@ -218,44 +267,89 @@ def sampled_bce_kernel(
     if GATHERED:
         user_index = b.to(tl.int64)
 
+    COSINE: tl.constexpr = temperature is not None
     user_offsets, user_mask = _rows(user_index, live, WIDTH, BLOCK_D)
-    user = tl.load(users_ptr + user_offsets, mask=user_mask, other=0.0).to(tl.float32)
+    raw = tl.load(users_ptr + user_offsets, mask=user_mask, other=0.0).to(tl.float32)
+    user = raw
+    of_user, user_passes = 1.0, 1.0
+    if COSINE:
+        of_user, user_passes = _inverse_norm(raw)
+        of_user /= temperature
+        user = of_user[:, None] * raw
     item, bias = _load_items(items_ptr, bias_ptr, item_index, live, WIDTH, BLOCK_D)
 
     scale = 1.0 / (length.to(tl.float32) * pairs)
     HAS_L2: tl.constexpr = item_l2 is not None
-    l2_scale = scale
+    item_scale = scale
+    bias_scale = scale
     if HAS_L2:
-        l2_scale = item_l2 * scale
+        item_scale = item_l2 * scale
+        bias_scale = bias_l2 * scale
 
-    # -softplus'(-x) is the derivative for the label 1, and keeps its precision where sigmoid(x) is near 1.
-    linear, factor, slope = _softplus_and_sigmoid(-(tl.sum(user * item, axis=1) + bias))
-    loss = linear + tl.log(factor)
-    coefficient = -slope * scale
-    gradient = coefficient[:, None] * item
-    if OUTPUT == _GRADIENTS:
-        _add_item_gradients(
-            item_gradients_ptr,
-            bias_gradients_ptr,
-            item_index,
-            coefficient,
-            user,
-            item,
-            l2_scale,
-            live,
-            HAS_L2,
-            WIDTH,
-            BLOCK_D,
-        )
-    if OUTPUT == _PAIRS:
-        place = b.to(tl.int64) * (num_negatives + 1)
-        tl.store(pair_users_ptr + b, tl.where(live, user_index.to(tl.int32), num_users), mask=there)
-        tl.store(pair_items_ptr + place, tl.where(live, item_index.to(tl.int32), num_items), mask=there)
-        tl.store(pair_coefficients_ptr + place, tl.where(live, coefficient, 0.0), mask=there)
+    free = (b * 0 + num_items).to(tl.float32)
+    if indptr_ptr is not None:
+        free = tl.maximum(num_items - known[1], 1).to(tl.float32)
+    weight = free * 0.0 + 1.0
+    if LOSS == "gbce":
+        weight = 1.0 - calibration * (1.0 - tl.minimum(num_negatives / free, 1.0))
 
     key_0 = tl.load(words_ptr).to(tl.uint32, bitcast=True)
     key_1 = tl.load(words_ptr + 1).to(tl.uint32, bitcast=True)
     position = (b + first_position).to(tl.uint32)
+    scored = _score(user, item, COSINE)
+    p = scored[0] + bias
+    z = p * 0.0
+    log_q = z
+    if NORMALISED:
+        log_q = tl.log(num_negatives / free)
+        largest = p
+        total = z + 1.0
+        for quad in range((num_negatives + 3) // 4):
+            drawn = draw_quad(
+                position, quad, step.to(tl.uint32), key_0, key_1, catalogue, num_negatives, live, known
+            )
+            for lane in tl.static_range(4):
+                counted = live & (b * 0 + quad * 4 + lane < num_negatives)
+                other, other_bias = _load_items(
+                    items_ptr, bias_ptr, drawn[lane].to(tl.int64), counted, WIDTH, BLOCK_D
+                )
+                x = _score(user, other, COSINE)[0] + other_bias - log_q
+                x = tl.where(counted, x, -float("inf"))
+                before = largest
+                largest = tl.maximum(largest, x)
+                total = total * tl.exp(before - largest) + tl.exp(x - largest)
+        z = largest + tl.log(total)
+
+    loss = p * 0.0
+    slopes = p * 0.0
+    gradient = tl.zeros_like(raw)
+    if not POSITIVE_LAST:
+        linear, factor, slope = positive(p, z, slopes, weight, LOSS)
+        loss = linear + tl.log(factor)
+        coefficient = slope * scale
+        gradient = (coefficient * scored[1])[:, None] * item
+        if OUTPUT == _GRADIENTS:
+            _add_item_gradients(
+                item_gradients_ptr,
+                bias_gradients_ptr,
+                item_index,
+                coefficient,
+                user,
+                item,
+                bias,
+                scored,
+                item_scale,
+                bias_scale,
+                live,
+                HAS_L2,
+                COSINE,
+                WIDTH,
+                BLOCK_D,
+            )
+        if OUTPUT == _PAIRS:
+            place = b.to(tl.int64) * (num_negatives + 1)
+            tl.store(pair_coefficients_ptr + place, tl.where(live, coefficient, 0.0), mask=there)
+
     for quad in range((num_negatives + 3) // 4):
         drawn = draw_quad(
             position, quad, step.to(tl.uint32), key_0, key_1, catalogue, num_negatives, live, known
@@ -266,20 +360,25 @@ def sampled_bce_kernel(
         biases = ()
         for lane in tl.static_range(4):
             counted = live & (b * 0 + quad * 4 + lane < num_negatives)
-            item, bias = _load_items(items_ptr, bias_ptr, drawn[lane].to(tl.int64), counted, WIDTH, BLOCK_D)
-            items += (item,)
-            biases += (bias,)
+            other, other_bias = _load_items(
+                items_ptr, bias_ptr, drawn[lane].to(tl.int64), counted, WIDTH, BLOCK_D
+            )
+            items += (other,)
+            biases += (other_bias,)
         product = tl.full(loss.shape, 1.0, tl.float32)
         for lane in tl.static_range(4):
             k = b * 0 + quad * 4 + lane
             inside = k < num_negatives
             counted = live & inside
-            item = items[lane]
-            linear, factor, slope = _softplus_and_sigmoid(tl.sum(user * item, axis=1) + biases[lane])
+            other = items[lane]
+            pair = _score(user, other, COSINE)
+            linear, factor, slope = negative(pair[0] + biases[lane] - log_q, p, z, LOSS)
             loss += tl.where(counted, linear, 0.0)
             product *= tl.where(counted, factor, 1.0)
-            coefficient = tl.where(counted, slope * scale, 0.0)
-            gradient += coefficient[:, None] * item
+            slope = tl.where(counted, slope, 0.0)
+            slopes += slope
+            coefficient = slope * scale
+            gradient += (coefficient * pair[1])[:, None] * other
             if OUTPUT == _GRADIENTS:
                 _add_item_gradients(
                     item_gradients_ptr,
@@ -287,10 +386,14 @@ def sampled_bce_kernel(
                     drawn[lane].to(tl.int64),
                     coefficient,
                     user,
-                    item,
-                    l2_scale,
+                    other,
+                    biases[lane],
+                    pair,
+                    item_scale,
+                    bias_scale,
                     counted,
                     HAS_L2,
+                    COSINE,
                     WIDTH,
                     BLOCK_D,
                 )
@@ -300,9 +403,47 @@ def sampled_bce_kernel(
                 tl.store(pair_coefficients_ptr + place, coefficient, mask=there & inside)
         loss += tl.log(product)
 
+    if POSITIVE_LAST:
+        linear, factor, slope = positive(p, z, slopes, weight, LOSS)
+        loss += linear + tl.log(factor)
+        coefficient = slope * scale
+        # Read again: to keep it would cost registers in the loop.
+        item, bias = _load_items(items_ptr, bias_ptr, item_index, live, WIDTH, BLOCK_D)
+        scored = _score(user, item, COSINE)
+        gradient += (coefficient * scored[1])[:, None] * item
+        if OUTPUT == _GRADIENTS:
+            _add_item_gradients(
+                item_gradients_ptr,
+                bias_gradients_ptr,
+                item_index,
+                coefficient,
+                user,
+                item,
+                bias,
+                scored,
+                item_scale,
+                bias_scale,
+                live,
+                HAS_L2,
+                COSINE,
+                WIDTH,
+                BLOCK_D,
+            )
+        if OUTPUT == _PAIRS:
+            place = b.to(tl.int64) * (num_negatives + 1)
+            tl.store(pair_coefficients_ptr + place, tl.where(live, coefficient, 0.0), mask=there)
+
+    if OUTPUT == _PAIRS:
+        place = b.to(tl.int64) * (num_negatives + 1)
+        tl.store(pair_users_ptr + b, tl.where(live, user_index.to(tl.int32), num_users), mask=there)
+        tl.store(pair_items_ptr + place, tl.where(live, item_index.to(tl.int32), num_items), mask=there)
     if OUTPUT == _GRADIENTS:
+        if COSINE:
+            # Through the norm: ``r/t (g - <g, v r> v r)``, with v r as it is read times t.
+            along = tl.sum(gradient * user, axis=1) * temperature * temperature * user_passes
+            gradient = of_user[:, None] * (gradient - along[:, None] * user)
         if HAS_L2:
-            gradient += (user_l2 * scale) * user
+            gradient += (user_l2 * scale) * raw
         tl.atomic_add(user_gradients_ptr + user_offsets, gradient, mask=user_mask, sem="relaxed")
     slot = losses_ptr + program
     tl.store(slot, tl.load(slot) + tl.sum(tl.where(live, loss, 0.0), axis=0).to(tl.float64))
@@ -315,12 +456,32 @@ def num_programs(batch_size: int, width: int, lanes: int) -> int:
     return triton.cdiv(batch_size, tile_of(width, lanes)[1].rows)
 
 
-def bce_launch(
+def check_settings(negatives: NegativeSettings, loss: LossSettings, *, deterministic: bool) -> None:
+    """Check that the kernel can do what is asked.
+
+    Raises:
+        FastTowerError: it cannot; the message says what can.
+    """
+    if negatives.proposal == "popularity" or negatives.pool:
+        found = "hard negatives (a pool)" if negatives.pool else "popularity negatives"
+        raise FastTowerError(
+            f"backend triton does not draw {found} yet; choose uniform, shared, in-batch or mixed negatives, "
+            "backend torch, or device cpu."
+        )
+    if deterministic and (loss.is_cosine or loss.bias_l2):
+        found = "cosine similarity" if loss.is_cosine else "an L2 of the item biases"
+        raise FastTowerError(
+            f"on a GPU, runs with {found} do not repeat bit for bit; choose the dot product without it, "
+            "device cpu, or deterministic off."
+        )
+
+
+def own_launch(
     parameters: Tables,
     gradients: Tables | None,
     interactions: Interactions,
-    known_positives: KnownPositives | None,
-    settings: LossSettings,
+    negatives: Negatives,
+    loss: LossSettings,
     *,
     words: Tensor,
     counters: Tensor,
@@ -329,15 +490,15 @@ def bce_launch(
     batch_size: int,
     shuffle: bool,
     gathered: bool = False,
-    first_position: int = 0,
     pair_buffers: PairBuffers | None = None,
     lanes: int | None = None,
 ) -> Launch:
-    """The fused kernel with its arguments; see `sampled_bce_kernel`."""
+    """The fused kernel with its arguments; see `own_negatives_kernel`."""
+    check_settings(negatives.settings, loss, deterministic=output is Output.PAIRS)
     num_users, width = parameters.users.shape
     lanes = lanes or warp_lanes()
     block_d, tile = tile_of(width, lanes)
-    pairs = 1 + settings.num_negatives
+    count = negatives.settings.count
     adds = gradients if output is Output.GRADIENTS else None
     arguments: dict[str, Any] = {
         "users_ptr": parameters.users,
@@ -351,7 +512,7 @@ def bce_launch(
         "pair_coefficients_ptr": pair_buffers and pair_buffers.coefficients,
         "user_index_ptr": interactions.user_index,
         "item_index_ptr": interactions.item_index,
-        **exclusion_arguments(known_positives),
+        **exclusion_arguments(negatives.known_positives),
         "words_ptr": words,
         "counters_ptr": counters,
         "losses_ptr": losses,
@@ -359,21 +520,27 @@ def bce_launch(
         "batch_size": batch_size,
         "steps": triton.cdiv(len(interactions), batch_size),
         "bits": row_bits(len(interactions)),
-        "first_position": first_position,
+        "first_position": 0,
         "num_users": num_users,
         "num_items": len(parameters.items),
-        "num_negatives": settings.num_negatives,
-        "pairs": float(settings.pairs),
-        "user_l2": 2 * settings.l2 if settings.l2 else None,
-        "item_l2": 4 * settings.l2 / pairs if settings.l2 else None,
+        "num_negatives": count,
+        "pairs": float(loss.pairs(count)),
+        "temperature": loss.norm_temperature,
+        "calibration": loss.calibration,
+        "user_l2": 2 * loss.user_l2 if loss.has_l2 else None,
+        "item_l2": 4 * loss.item_l2 / (1 + count) if loss.has_l2 else None,
+        "bias_l2": 4 * loss.bias_l2 / (1 + count) if loss.has_l2 else None,
         "WIDTH": width,
         "BLOCK_D": block_d,
         "BLOCK_B": tile.rows,
         "SHUFFLE": shuffle,
         "GATHERED": gathered,
         "OUTPUT": int(output),
+        "LOSS": loss.name,
+        "NORMALISED": loss.name in NORMALISED,
+        "POSITIVE_LAST": loss.name in POSITIVE_LAST,
     }
-    return Launch(sampled_bce_kernel, num_programs(batch_size, width, lanes), arguments, tile.num_warps)
+    return Launch(own_negatives_kernel, num_programs(batch_size, width, lanes), arguments, tile.num_warps)
 
 
 class PairBuffers(NamedTuple):
@@ -406,11 +573,11 @@ class PairBuffers(NamedTuple):
 
 
 def add_pair_gradients(
-    parameters: Tables, gradients: Tables, pairs: PairBuffers, settings: LossSettings
+    parameters: Tables, gradients: Tables, pairs: PairBuffers, loss: LossSettings, num_negatives: int
 ) -> None:
     """Add the gradients of a batch's pairs in a fixed order, without floating-point atomics."""
-    batch_size, num_pairs = len(pairs.users), 1 + settings.num_negatives
-    l2_scale = settings.l2 / settings.divisor(batch_size)
+    num_pairs = 1 + num_negatives
+    divisor = loss.divisor(len(pairs.users), num_negatives)
     reduce_pairs(
         keys=pairs.items,
         coefficients=pairs.coefficients,
@@ -421,7 +588,7 @@ def add_pair_gradients(
         own_vectors=parameters.items,
         gradients=gradients.items,
         bias_gradients=gradients.item_bias,
-        own_scale=4 / num_pairs * l2_scale,
+        own_scale=4 / num_pairs * loss.item_l2 / divisor,
     )
     reduce_pairs(
         keys=pairs.users,
@@ -433,97 +600,42 @@ def add_pair_gradients(
         own_vectors=parameters.users,
         gradients=gradients.users,
         bias_gradients=None,
-        own_scale=2 * l2_scale,
+        own_scale=2 * loss.user_l2 / divisor,
     )
 
 
-def train_step(
+def run_batch(
     parameters: Tables,
-    gradients: Tables,
+    gradients: Tables | None,
     batch: Interactions,
-    known_positives: KnownPositives | None,
-    settings: LossSettings,
+    negatives: Negatives,
+    loss: LossSettings,
     *,
     key: Key,
     step: int,
     gathered: bool = False,
+    deterministic: bool = False,
 ) -> Tensor:
-    """See the reference's `train_step`; the sum is float64.
+    """Add the gradients of a batch's loss, or none; return the sum of its values, float64.
 
     With ``gathered`` the user table has a row for each positive of the batch, (B, P), and the users' indices
     say what negatives leave out, nothing else.
     """
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    device = parameters.users.device
-    pairs = PairBuffers.empty(len(batch), settings.num_negatives, device) if deterministic else None
-    loss = _run_batch(
-        parameters,
-        gradients,
-        batch,
-        known_positives,
-        settings,
-        key=key,
-        step=step,
-        output=Output.PAIRS if deterministic else Output.GRADIENTS,
-        gathered=gathered,
-        pair_buffers=pairs,
-    )
-    if pairs is not None and len(batch):
-        with device_scope(device):
-            add_pair_gradients(parameters, gradients, pairs, settings)
-    return loss
-
-
-def bce_sum(
-    parameters: Tables,
-    batch: Interactions,
-    known_positives: KnownPositives | None,
-    settings: LossSettings,
-    *,
-    key: Key,
-    step: int,
-    first_position: int = 0,
-) -> Tensor:
-    """See the reference's `bce_sum`; the sum is float64."""
-    return _run_batch(
-        parameters,
-        None,
-        batch,
-        known_positives,
-        settings,
-        key=key,
-        step=step,
-        output=Output.NOTHING,
-        first_position=first_position,
-    )
-
-
-def _run_batch(
-    parameters: Tables,
-    gradients: Tables | None,
-    batch: Interactions,
-    known_positives: KnownPositives | None,
-    settings: LossSettings,
-    *,
-    key: Key,
-    step: int,
-    output: Output,
-    gathered: bool = False,
-    first_position: int = 0,
-    pair_buffers: PairBuffers | None = None,
-) -> Tensor:
-    device = parameters.users.device
+    device, count = parameters.users.device, negatives.settings.count
     if not len(batch):
         return torch.zeros((), dtype=torch.float64, device=device)
+    pairs, output = None, Output.NOTHING if gradients is None else Output.GRADIENTS
+    if gradients is not None and deterministic:
+        pairs, output = PairBuffers.empty(len(batch), count, device), Output.PAIRS
     losses = torch.zeros(
         num_programs(len(batch), parameters.users.shape[1], warp_lanes()), dtype=torch.float64, device=device
     )
-    launch = bce_launch(
+    launch = own_launch(
         parameters,
         gradients,
         batch,
-        known_positives,
-        settings,
+        negatives,
+        loss,
         words=torch.tensor([*map(signed_word, key)] + [0] * 8, dtype=torch.int32, device=device),
         counters=torch.tensor([step, 0], dtype=torch.int64, device=device),
         losses=losses,
@@ -531,9 +643,10 @@ def _run_batch(
         batch_size=len(batch),
         shuffle=False,
         gathered=gathered,
-        first_position=first_position,
-        pair_buffers=pair_buffers,
+        pair_buffers=pairs,
     )
     with device_scope(device):
         launch()
+        if pairs is not None and gradients is not None:
+            add_pair_gradients(parameters, gradients, pairs, loss, count)
     return losses.sum()

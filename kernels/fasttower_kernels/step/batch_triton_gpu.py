@@ -35,7 +35,7 @@ def batch_positives(
     Args:
         block: int32 scalar, which one: the positions from ``block * BLOCK_B``.
         step: int64 scalar, t.
-        user_index_ptr: as in `sampled_bce_kernel`, like all that follows.
+        user_index_ptr: as in `own_negatives_kernel`, like all that follows.
         item_index_ptr: of the positives.
         words_ptr: with the round keys of the order.
         num_rows: n.
