@@ -1,0 +1,357 @@
+"""Shared negatives on a GPU: four launches, of which two are matrix products on tensor cores.
+
+`block_list_triton_gpu` has the launches that make the lists and their bits, `gradients_triton_gpu` the
+products. A batch of B positives in blocks of b with lists of M items takes ``B (16 + M / 8)`` bytes and
+``B / b * M`` item numbers (with cosine similarity and offsets as many floats); logits are never stored.
+
+Products of float32 tables follow ``torch.get_float32_matmul_precision()``: "highest", torch's default, is
+float32 without tensor cores, and the others are TF32. Those of bfloat16 tables are bfloat16, and add up in
+float32; for them the slopes are rounded to bfloat16 too.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from fasttower_kernels.errors import FastTowerError
+from fasttower_kernels.losses.triton_gpu import is_normalised
+from fasttower_kernels.negatives.proposal import Negatives
+from fasttower_kernels.negatives.reference import list_key
+from fasttower_kernels.negatives.triton_gpu import exclusion_arguments
+from fasttower_kernels.philox import Key
+from fasttower_kernels.settings import LossSettings
+from fasttower_kernels.shuffle.triton_gpu import row_bits
+from fasttower_kernels.step.shared_negatives.block_list_triton_gpu import (
+    WORD,
+    BlockLists,
+    draw_kernel,
+    mask_kernel,
+)
+from fasttower_kernels.step.shared_negatives.gradients_triton_gpu import items_kernel, users_kernel
+from fasttower_kernels.tables import Interactions, Tables
+from fasttower_kernels.triton_launch import Launch, device_scope, signed_word
+from fasttower_kernels.triton_tiles import MAX_WIDTH
+
+_DRAWS = 128  # positions of a program of `draw_kernel`
+_MASKED = 32  # positives at a time of `mask_kernel`
+_LOSSES = 1 << 16  # positives whose lists are held at a time where no gradients are needed
+
+
+class ProductTile(NamedTuple):
+    """The shape of a program of the products.
+
+    Attributes:
+        positives: rows of a tile, 16 or more.
+        items: columns of a tile, a divisor of WORD from 16.
+        num_warps: warps of a program.
+    """
+
+    positives: int
+    items: int
+    num_warps: int
+
+
+# By the width of a row, rounded up to a power of two.
+TILES = {
+    16: ProductTile(64, 64, 4),
+    32: ProductTile(64, 64, 4),
+    64: ProductTile(64, 64, 4),
+    128: ProductTile(64, 64, 8),
+    256: ProductTile(32, 32, 8),
+    512: ProductTile(16, 16, 8),
+}
+
+
+class SharedLaunches(NamedTuple):
+    """A step's launches, in their order.
+
+    Attributes:
+        draw: writes the rows of the batch and the lists; it reads no parameter, so that a lazy optimiser may
+            bring the rows in use up to date after it.
+        mask: reads item vectors (with cosine similarity) and biases, and writes bits and offsets.
+        users: the loss, and with gradients those of users and positives.
+        items: the gradients of the lists; None for the loss only, or without a list.
+        lists: what they hand each other; ``users``, ``positives`` and ``items`` are the rows in use.
+    """
+
+    draw: Launch
+    mask: Launch
+    users: Launch
+    items: Launch | None
+    lists: BlockLists
+
+    def __call__(self) -> None:
+        """Put the launches on the current stream."""
+        for launch in self.in_order():
+            launch()
+
+    def in_order(self) -> list[Launch]:
+        """The launches that there are."""
+        return [self.draw, self.mask, self.users] + ([] if self.items is None else [self.items])
+
+
+def num_programs(batch_size: int, width: int, block_size: int) -> int:
+    """Programs of the users' launch, and slots of its losses."""
+    _, tile = tile_of(width)
+    return triton.cdiv(batch_size, block_size) * triton.cdiv(block_size, tile.positives)
+
+
+def tile_of(width: int) -> tuple[int, ProductTile]:
+    """The power of two that holds a row, at least 16, and the shape of a program.
+
+    Raises:
+        FastTowerError: the row is too wide.
+    """
+    if width > MAX_WIDTH:
+        raise FastTowerError(
+            f"vectors have {width} dimensions; the triton backend takes {MAX_WIDTH}: choose backend torch."
+        )
+    block_d = max(16, triton.next_power_of_2(width))
+    return block_d, TILES[block_d]
+
+
+def product_precision() -> str:
+    """How Triton multiplies float32, by torch's own setting."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def shared_launches(
+    parameters: Tables,
+    gradients: Tables | None,
+    interactions: Interactions,
+    negatives: Negatives,
+    loss: LossSettings,
+    *,
+    words: Tensor,
+    counters: Tensor,
+    losses: Tensor,
+    batch_size: int,
+    shuffle: bool,
+    gathered: bool = False,
+    first_position: int = 0,
+) -> SharedLaunches:
+    """The launches of a step with their arguments.
+
+    Args:
+        parameters: as the loss reads them; users and items float32 or bfloat16, on the device.
+        gradients: float32, added to; None for the loss only.
+        interactions: the n positives, or those of the batch.
+        negatives: where they come from.
+        loss: of a positive.
+        words: (10,), int32: the key of the lists, `list_key` of that of the negatives, and 8 round keys.
+        counters: (2,), int64: t, and Adam's count, which is set to t + 1.
+        losses: (`num_programs`,), float64, added to.
+        batch_size: B.
+        shuffle: the batch is number t mod steps of the shuffled order; otherwise the interactions are it.
+        gathered: row b of the user table belongs to position b of the batch.
+        first_position: of the batch's first positive, a multiple of the block size.
+
+    Raises:
+        FastTowerError: rows too wide, or deterministic gradients were asked of torch.
+    """
+    if gradients is not None and torch.are_deterministic_algorithms_enabled():
+        raise FastTowerError(
+            f"deterministic algorithms are asked for, and {negatives.settings.proposal} negatives on a GPU add "
+            "gradients in no fixed order; choose backend torch, or uniform or popularity negatives."
+        )
+    settings, device, width = negatives.settings, parameters.users.device, parameters.users.shape[1]
+    block_d, tile = tile_of(width)
+    normalised, in_batch = is_normalised(loss.name), settings.proposal != "shared"
+    rate, drawn_rate = negatives.list_rates
+    lists = BlockLists.empty(
+        batch_size,
+        settings.block_size,
+        settings.scored,
+        device,
+        offsets=normalised or parameters.item_bias is not None,
+        cosine=loss.is_cosine,
+    )
+    blocks, list_words = lists.masks.shape[:2]
+    l2: dict[str, float | None] = {"user_l2": None, "item_l2": None, "bias_l2": None}
+    if loss.has_l2 and gradients is not None:
+        share = 4.0 / (1 + settings.scored)
+        l2 = {
+            "user_l2": 2.0 * loss.user_l2,
+            "item_l2": share * loss.item_l2,
+            "bias_l2": share * loss.bias_l2,
+        }
+    exclusion = exclusion_arguments(negatives.known_positives)
+    extent = {
+        "counters_ptr": counters,
+        "num_rows": len(interactions),
+        "batch_size": batch_size,
+        "steps": triton.cdiv(len(interactions), batch_size),
+        "block_size": settings.block_size,
+        "drawn": settings.drawn,
+        "list_words": list_words,
+        "list_ptr": lists.items,
+        "SHUFFLE": shuffle,
+        "IN_BATCH": in_batch,
+    }
+    draw = {
+        **extent,
+        "user_index_ptr": interactions.user_index,
+        "item_index_ptr": interactions.item_index,
+        "words_ptr": words,
+        "users_ptr": lists.users,
+        "positives_ptr": lists.positives,
+        "bits": row_bits(len(interactions)),
+        "first_block": first_position // settings.block_size,
+        "num_blocks": blocks,
+        "num_items": negatives.num_items,
+        "BLOCK": _DRAWS,
+    }
+    mask = {
+        **extent,
+        **exclusion,
+        "items_ptr": parameters.items,
+        "bias_ptr": parameters.item_bias,
+        "rate_ptr": rate.to(device) if normalised else None,
+        "users_ptr": lists.users,
+        "positives_ptr": lists.positives,
+        "masks_ptr": lists.masks,
+        "offsets_ptr": lists.offsets,
+        "inverse_norms_ptr": lists.inverse_norms,
+        "num_items": negatives.num_items,
+        "drawn_rate": drawn_rate,
+        "WIDTH": width,
+        "BLOCK_D": block_d,
+        "BLOCK_B": _MASKED,
+    }
+    product = {
+        **extent,
+        "users_ptr": parameters.users,
+        "items_ptr": parameters.items,
+        "bias_ptr": parameters.item_bias,
+        "item_gradients_ptr": gradients and gradients.items,
+        "bias_gradients_ptr": gradients and gradients.item_bias,
+        "batch_users_ptr": lists.users,
+        "masks_ptr": lists.masks,
+        "offsets_ptr": lists.offsets,
+        "inverse_norms_ptr": lists.inverse_norms,
+        "user_inverse_norms_ptr": lists.user_inverse_norms,
+        "logits_ptr": lists.logits,
+        "normalisers_ptr": lists.normalisers,
+        "item_l2": l2["item_l2"],
+        "bias_l2": l2["bias_l2"],
+        "LOSS": loss.name,
+        "WIDTH": width,
+        "BLOCK_D": block_d,
+        "BLOCK_B": tile.positives,
+        "BLOCK_M": tile.items,
+        "GATHERED": gathered,
+        "PRECISION": product_precision(),
+    }
+    of_users = triton.cdiv(settings.block_size, tile.positives)
+    of_items = triton.cdiv(settings.scored, tile.items)
+    users: dict[str, Any] = {
+        **product,
+        "user_gradients_ptr": gradients and gradients.users,
+        "indptr_ptr": exclusion["indptr_ptr"],
+        "losses_ptr": losses,
+        "positives_ptr": lists.positives,
+        "num_items": negatives.num_items,
+        "programs": of_users,
+        "temperature": loss.temperature,
+        "beta": _beta(drawn_rate, loss),
+        "user_l2": l2["user_l2"],
+        "NORMALISED": normalised,
+    }
+    quads = blocks * triton.cdiv(settings.drawn, 4)
+    return SharedLaunches(
+        Launch(draw_kernel, triton.cdiv(max(batch_size, quads), _DRAWS), draw, num_warps=4),
+        Launch(mask_kernel, blocks * list_words, mask, num_warps=4),
+        Launch(users_kernel, blocks * of_users, users, tile.num_warps),
+        Launch(items_kernel, blocks * of_items, product | {"programs": of_items}, tile.num_warps)
+        if gradients is not None and of_items
+        else None,
+        lists,
+    )
+
+
+def add_gradients(
+    parameters: Tables,
+    gradients: Tables,
+    batch: Interactions,
+    negatives: Negatives,
+    loss: LossSettings,
+    *,
+    key: Key,
+    step: int,
+    gathered: bool = False,
+) -> Tensor:
+    """Add the gradients of a batch's loss; return the sum of its values, float64. See the reference.
+
+    With ``gathered`` the user table has a row for each positive of the batch, (B, P), and the users' indices
+    say what negatives leave out, nothing else.
+
+    Raises:
+        FastTowerError: as `shared_launches`.
+    """
+    return _run(parameters, gradients, batch, negatives, loss, key=key, step=step, gathered=gathered)
+
+
+def loss_sum(
+    parameters: Tables,
+    batch: Interactions,
+    negatives: Negatives,
+    loss: LossSettings,
+    *,
+    key: Key,
+    step: int,
+    first_position: int = 0,
+) -> Tensor:
+    """The sum of a batch's values, float64, without gradients. See the reference."""
+    block_size = negatives.settings.block_size
+    size = max(1, _LOSSES // block_size) * block_size
+    total = torch.zeros((), dtype=torch.float64, device=parameters.users.device)
+    for first, part in batch.parts(size):
+        total += _run(
+            parameters, None, part, negatives, loss, key=key, step=step, first_position=first_position + first
+        )
+    return total
+
+
+def _run(
+    parameters: Tables,
+    gradients: Tables | None,
+    batch: Interactions,
+    negatives: Negatives,
+    loss: LossSettings,
+    *,
+    key: Key,
+    step: int,
+    gathered: bool = False,
+    first_position: int = 0,
+) -> Tensor:
+    device = parameters.users.device
+    if not len(batch):
+        return torch.zeros((), dtype=torch.float64, device=device)
+    programs = num_programs(len(batch), parameters.users.shape[1], negatives.settings.block_size)
+    losses = torch.zeros(programs, dtype=torch.float64, device=device)
+    launches = shared_launches(
+        parameters,
+        gradients,
+        batch,
+        negatives,
+        loss,
+        words=torch.tensor([*map(signed_word, list_key(key))] + [0] * 8, dtype=torch.int32, device=device),
+        counters=torch.tensor([step, 0], dtype=torch.int64, device=device),
+        losses=losses,
+        batch_size=len(batch),
+        shuffle=False,
+        gathered=gathered,
+        first_position=first_position,
+    )
+    with device_scope(device):
+        launches()
+    return losses.sum()
+
+
+def _beta(drawn_rate: float, loss: LossSettings) -> float:
+    """What gbce multiplies a positive's term by; 1 for other losses."""
+    return 1 - loss.calibration * (1 - min(drawn_rate, 1.0)) if loss.name == "gbce" else 1.0
