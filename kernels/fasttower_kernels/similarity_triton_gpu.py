@@ -20,23 +20,23 @@ _LARGEST_INVERSE = tl.constexpr(0.999999 / LEAST_NORM)
 
 
 @triton.jit
-def inverse_norms(vectors):
-    """1 / max(|v|, LEAST_NORM) of some vectors: (R, D) to (R,), float32."""
-    return 1.0 / tl.maximum(tl.sqrt_rn(tl.sum(vectors * vectors, axis=1)), _LEAST_NORM)
+def inverse_norm(square):
+    """1 / max(|v|, LEAST_NORM) from ``|v|^2``, float32."""
+    return 1.0 / tl.maximum(tl.sqrt_rn(square), _LEAST_NORM)
 
 
 @triton.jit
-def through_norms(gradients, vectors, inverse, temperature):
+def through_norm(gradient, along, vector, inverse, temperature):
     """The gradients of vectors from those of what was read: ``r/t (g - <g, v r> v r)``.
 
     Below LEAST_NORM the norm is a constant, and the gradient ``r/t g``.
 
     Args:
-        gradients: (R, D), float32: of what was read.
-        vectors: (R, D), float32: v.
+        gradient: (R, D), float32: g, of what was read.
+        along: (R,), float32: ``<g, v r>``.
+        vector: (R, D), float32: v.
         inverse: (R,), float32: r.
         temperature: t.
     """
-    along = tl.sum(gradients * vectors, axis=1) * inverse * inverse
-    along = tl.where(inverse < _LARGEST_INVERSE, along, 0.0)
-    return (inverse / temperature)[:, None] * (gradients - along[:, None] * vectors)
+    along = tl.where(inverse < _LARGEST_INVERSE, along * inverse, 0.0)
+    return (inverse / temperature)[:, None] * (gradient - along[:, None] * vector)

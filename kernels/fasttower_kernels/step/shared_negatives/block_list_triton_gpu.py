@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fasttower_kernels.sampled_bce.triton_batch import batch_positives
-from fasttower_kernels.similarity_triton_gpu import inverse_norms
+from fasttower_kernels.similarity_triton_gpu import inverse_norm
 
 WORD = 64
 """Items of a list whose bits are one int64."""
@@ -322,7 +322,7 @@ def mask_kernel(
         rows = items_ptr + item.to(tl.int64)[:, None] * WIDTH + d[None, :]
         mask = inside[:, None] & (d < WIDTH)[None, :]
         vectors = tl.load(rows, mask=mask, other=0.0).to(tl.float32)
-        tl.store(inverse_norms_ptr + place, inverse_norms(vectors))
+        tl.store(inverse_norms_ptr + place, inverse_norm(tl.sum(vectors * vectors, axis=1)))
 
     masks_ptr += (block.to(tl.int64) * list_words + word) * block_size
     first = block * block_size

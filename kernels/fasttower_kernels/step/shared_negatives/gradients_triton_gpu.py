@@ -30,24 +30,23 @@ import triton
 import triton.language as tl
 
 from fasttower_kernels.losses.triton_gpu import negative, positive
-from fasttower_kernels.similarity_triton_gpu import inverse_norms, through_norms
+from fasttower_kernels.similarity_triton_gpu import inverse_norm, through_norm
 from fasttower_kernels.step.shared_negatives.block_list_triton_gpu import WORD, block_extent
 
 _WORD = tl.constexpr(WORD)
+_PIECE = tl.constexpr(16)  # elements of a row at a time outside the products, to spare registers
 
 
 @triton.jit
-def _load_rows(table_ptr, index, there, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Some rows of a table [R, BLOCK_D], 0 where there is none."""
-    d = tl.arange(0, BLOCK_D)
+def _load_rows(table_ptr, index, there, d, WIDTH: tl.constexpr):
+    """Elements d of some rows of a table [R, len(d)], 0 where there is none."""
     rows = table_ptr + index.to(tl.int64)[:, None] * WIDTH + d[None, :]
     return tl.load(rows, mask=there[:, None] & (d < WIDTH)[None, :], other=0.0)
 
 
 @triton.jit
-def _add_rows(table_ptr, index, there, rows, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Add [R, BLOCK_D] to some rows of a table."""
-    d = tl.arange(0, BLOCK_D)
+def _add_rows(table_ptr, index, there, d, rows, WIDTH: tl.constexpr):
+    """Add [R, len(d)] to elements d of some rows of a table."""
     places = table_ptr + index.to(tl.int64)[:, None] * WIDTH + d[None, :]
     tl.atomic_add(places, rows, mask=there[:, None] & (d < WIDTH)[None, :], sem="relaxed")
 
@@ -142,7 +141,7 @@ def users_kernel(
         item_l2: 4 times the weight over 1 + the scored negatives.
         bias_l2: likewise.
         LOSS: its name.
-        NORMALISED: whether it reads z; its slopes are exp(x - z).
+        NORMALISED: whether it reads z; then negatives have the value 0 and the slope exp(x - z).
         WIDTH: the padded width of a row.
         BLOCK_D: the power of two from it, at least 16.
         BLOCK_B: positives of a program.
@@ -169,16 +168,25 @@ def users_kernel(
     row = user
     if GATHERED:
         row = b
-    users = _load_rows(users_ptr, row, live, WIDTH, BLOCK_D)
-    own_items = _load_rows(items_ptr, own, live, WIDTH, BLOCK_D).to(tl.float32)
-    p = tl.sum(users.to(tl.float32) * own_items, axis=1)
+    p = tl.zeros([BLOCK_B], tl.float32)
+    square = tl.zeros([BLOCK_B], tl.float32)
+    own_square = tl.zeros([BLOCK_B], tl.float32)
+    for first in range(0, BLOCK_D, _PIECE):
+        piece = first + tl.arange(0, _PIECE)
+        u = _load_rows(users_ptr, row, live, piece, WIDTH).to(tl.float32)
+        v = _load_rows(items_ptr, own, live, piece, WIDTH).to(tl.float32)
+        p += tl.sum(u * v, axis=1)
+        if inverse_norms_ptr is not None:
+            square += tl.sum(u * u, axis=1)
+            own_square += tl.sum(v * v, axis=1)
     inverse = p
     own_inverse = p
     if inverse_norms_ptr is not None:
-        inverse = inverse_norms(users.to(tl.float32)) / temperature
-        own_inverse = inverse_norms(own_items)
-        p *= inverse * own_inverse
-        tl.store(user_inverse_norms_ptr + b, inverse, mask=there)
+        inverse = inverse_norm(square)
+        own_inverse = inverse_norm(own_square)
+        p *= inverse * own_inverse / temperature
+        tl.store(user_inverse_norms_ptr + b, inverse / temperature, mask=there)
+    similarity = p
     if bias_ptr is not None:
         p += tl.load(bias_ptr + own, mask=live, other=0.0)
 
@@ -187,32 +195,35 @@ def users_kernel(
         z = p
     value = p * 0.0
     total = p * 0.0
+    d = tl.arange(0, BLOCK_D)
+    users = _load_rows(users_ptr, row, live, d, WIDTH)
     gradients = tl.zeros([BLOCK_B, BLOCK_D], tl.float32)
     list_ptr += block.to(tl.int64) * (list_words * _WORD)
     masks_ptr += block.to(tl.int64) * list_words * block_size
     for first in range(0, count, BLOCK_M):
         m = first + tl.arange(0, BLOCK_M)
         item = tl.load(list_ptr + m)
-        items = _load_rows(items_ptr, item, m < count, WIDTH, BLOCK_D)
+        items = _load_rows(items_ptr, item, m < count, d, WIDTH)
         x = tl.dot(users, tl.trans(items), input_precision=PRECISION)  # [BLOCK_B, BLOCK_M]
         place = block.to(tl.int64) * (list_words * _WORD) + m
         item_inverse = m
         if inverse_norms_ptr is not None:
             item_inverse = tl.load(inverse_norms_ptr + place)
-            x *= inverse[:, None] * item_inverse[None, :]
+            x *= (inverse / temperature)[:, None] * item_inverse[None, :]
         if offsets_ptr is not None:
             x += tl.load(offsets_ptr + place)[None, :]
         word = tl.load(masks_ptr + first // _WORD * block_size + i, mask=there, other=0)
         counted = ((word[:, None] >> (m % _WORD).to(tl.int64)[None, :]) & 1) != 0
+        x = tl.where(counted, x, -float("inf"))  # whose value and slope are 0
         if NORMALISED:
-            highest = tl.maximum(z, tl.max(tl.where(counted, x, -float("inf")), axis=1))
+            highest = tl.maximum(z, tl.max(x, axis=1))
             shrink = tl.exp(z - highest)
             total *= shrink
             gradients *= shrink[:, None]
             z = highest
         of_pairs, slopes = negative(x, p[:, None], z[:, None], LOSS)
-        value += tl.sum(tl.where(counted, of_pairs, 0.0), axis=1)
-        slopes = tl.where(counted, slopes, 0.0)
+        if not NORMALISED:  # their values are 0
+            value += tl.sum(of_pairs, axis=1)
         total += tl.sum(slopes, axis=1)
         if user_gradients_ptr is not None:
             if inverse_norms_ptr is not None:
@@ -231,20 +242,30 @@ def users_kernel(
 
     if user_gradients_ptr is not None:
         scale = 1.0 / length.to(tl.float32)
-        users = _load_rows(users_ptr, row, live, WIDTH, BLOCK_D).to(tl.float32)
-        own_items = _load_rows(items_ptr, own, live, WIDTH, BLOCK_D).to(tl.float32)
-        of_items = (slope * scale)[:, None] * users
+        own_items = _load_rows(items_ptr, own, live, d, WIDTH).to(tl.float32)
         if inverse_norms_ptr is not None:
             gradients += (slope * own_inverse)[:, None] * own_items
-            gradients = scale * through_norms(gradients, users, inverse * temperature, temperature)
-            of_items = through_norms(of_items * inverse[:, None], own_items, own_inverse, 1.0)
+            vectors = _load_rows(users_ptr, row, live, d, WIDTH).to(tl.float32)
+            along = tl.sum(gradients * vectors, axis=1) * inverse
+            gradients = through_norm(gradients, along, vectors, inverse, temperature)
         else:
-            gradients = scale * (gradients + slope[:, None] * own_items)
+            gradients += slope[:, None] * own_items
         if user_l2 is not None:
-            gradients += (user_l2 * scale) * users
-            of_items += (item_l2 * scale) * own_items
-        _add_rows(user_gradients_ptr, row, live, gradients, WIDTH, BLOCK_D)
-        _add_rows(item_gradients_ptr, own, live, of_items, WIDTH, BLOCK_D)
+            gradients += user_l2 * _load_rows(users_ptr, row, live, d, WIDTH).to(tl.float32)
+        _add_rows(user_gradients_ptr, row, live, d, gradients * scale, WIDTH)
+
+        for first in range(0, BLOCK_D, _PIECE):
+            piece = first + tl.arange(0, _PIECE)
+            of_items = slope[:, None] * _load_rows(users_ptr, row, live, piece, WIDTH).to(tl.float32)
+            v = of_items
+            if (inverse_norms_ptr is not None) or (item_l2 is not None):
+                v = _load_rows(items_ptr, own, live, piece, WIDTH).to(tl.float32)
+            if inverse_norms_ptr is not None:
+                of_items *= (inverse / temperature)[:, None]
+                of_items = through_norm(of_items, slope * similarity, v, own_inverse, 1.0)
+            if item_l2 is not None:
+                of_items += item_l2 * v
+            _add_rows(item_gradients_ptr, own, live, piece, of_items * scale, WIDTH)
         if bias_gradients_ptr is not None:
             of_bias = slope
             if bias_l2 is not None:
@@ -310,7 +331,8 @@ def items_kernel(
     inside = m < count
     place = block.to(tl.int64) * (list_words * _WORD) + m
     item = tl.load(list_ptr + place, mask=inside, other=0)
-    items = _load_rows(items_ptr, item, inside, WIDTH, BLOCK_D)
+    d = tl.arange(0, BLOCK_D)
+    items = _load_rows(items_ptr, item, inside, d, WIDTH)
     item_inverse = m
     if inverse_norms_ptr is not None:
         item_inverse = tl.load(inverse_norms_ptr + place, mask=inside, other=0.0)
@@ -329,7 +351,7 @@ def items_kernel(
         row = b
         if not GATHERED:
             row = tl.load(batch_users_ptr + b, mask=there, other=0)
-        users = _load_rows(users_ptr, row, there, WIDTH, BLOCK_D)
+        users = _load_rows(users_ptr, row, there, d, WIDTH)
         x = tl.dot(items, tl.trans(users), input_precision=PRECISION)  # [BLOCK_M, BLOCK_B]
         inverse = i
         if inverse_norms_ptr is not None:
@@ -341,8 +363,7 @@ def items_kernel(
         z = tl.load(normalisers_ptr + b, mask=there, other=0.0)
         word = tl.load(masks_ptr + i, mask=there, other=0)
         counted = ((word[None, :] >> (m % _WORD).to(tl.int64)[:, None]) & 1) != 0
-        _, slopes = negative(x, p[None, :], z[None, :], LOSS)
-        slopes = tl.where(counted, slopes, 0.0)
+        _, slopes = negative(tl.where(counted, x, -float("inf")), p[None, :], z[None, :], LOSS)
         if bias_gradients_ptr is not None:
             of_bias += tl.sum(slopes, axis=1)
         if item_l2 is not None:
@@ -352,12 +373,14 @@ def items_kernel(
         gradients = tl.dot(slopes.to(users.dtype), users, gradients, input_precision=PRECISION)
 
     scale = 1.0 / length.to(tl.float32)
-    items = _load_rows(items_ptr, item, inside, WIDTH, BLOCK_D).to(tl.float32)
     if inverse_norms_ptr is not None:
-        gradients = through_norms(gradients, items, item_inverse, 1.0)
+        vectors = _load_rows(items_ptr, item, inside, d, WIDTH).to(tl.float32)
+        along = tl.sum(gradients * vectors, axis=1) * item_inverse
+        gradients = through_norm(gradients, along, vectors, item_inverse, 1.0)
     if item_l2 is not None:
-        gradients += (item_l2 * pairs)[:, None] * items
-    _add_rows(item_gradients_ptr, item, inside, gradients * scale, WIDTH, BLOCK_D)
+        vectors = _load_rows(items_ptr, item, inside, d, WIDTH).to(tl.float32)
+        gradients += (item_l2 * pairs)[:, None] * vectors
+    _add_rows(item_gradients_ptr, item, inside, d, gradients * scale, WIDTH)
     if bias_gradients_ptr is not None:
         if bias_l2 is not None:
             of_bias += bias_l2 * pairs * tl.load(bias_ptr + item, mask=inside, other=0.0)
