@@ -35,6 +35,7 @@ from fasttower_kernels.step.shared_negatives.block_list_triton_gpu import WORD, 
 
 _WORD = tl.constexpr(WORD)
 _PIECE = tl.constexpr(16)  # elements of a row at a time outside the products, to spare registers
+_MAX_HALVINGS = tl.constexpr(5)  # from the widest row to a piece
 
 
 @triton.jit
@@ -49,6 +50,32 @@ def _add_rows(table_ptr, index, there, d, rows, WIDTH: tl.constexpr):
     """Add [R, len(d)] to elements d of some rows of a table."""
     places = table_ptr + index.to(tl.int64)[:, None] * WIDTH + d[None, :]
     tl.atomic_add(places, rows, mask=there[:, None] & (d < WIDTH)[None, :], sem="relaxed")
+
+
+@triton.jit
+def _halves(tile):
+    """The left and the right half of a tile."""
+    rows: tl.constexpr = tile.shape[0]
+    half: tl.constexpr = tile.shape[1] // 2
+    left, right = tl.split(tl.permute(tl.reshape(tile, (rows, 2, half)), (0, 2, 1)))
+    return left, right
+
+
+@triton.jit
+def _pieces(tile):
+    """[R, D] as D / _PIECE tiles [R, _PIECE], in their order.
+
+    A thread that adds all of its part of a tile at once holds an address for each element, or spills.
+    """
+    pieces = (tile,)
+    for _ in tl.static_range(_MAX_HALVINGS):
+        if pieces[0].shape[1] > _PIECE:
+            halves = ()
+            for n in tl.static_range(len(pieces)):
+                left, right = _halves(pieces[n])
+                halves += (left, right)
+            pieces = halves
+    return pieces
 
 
 @triton.jit(
@@ -242,29 +269,28 @@ def users_kernel(
 
     if user_gradients_ptr is not None:
         scale = 1.0 / length.to(tl.float32)
-        own_items = _load_rows(items_ptr, own, live, d, WIDTH).to(tl.float32)
+        along = p
         if inverse_norms_ptr is not None:
-            gradients += (slope * own_inverse)[:, None] * own_items
             vectors = _load_rows(users_ptr, row, live, d, WIDTH).to(tl.float32)
-            along = tl.sum(gradients * vectors, axis=1) * inverse
-            gradients = through_norm(gradients, along, vectors, inverse, temperature)
-        else:
-            gradients += slope[:, None] * own_items
-        if user_l2 is not None:
-            gradients += user_l2 * _load_rows(users_ptr, row, live, d, WIDTH).to(tl.float32)
-        _add_rows(user_gradients_ptr, row, live, d, gradients * scale, WIDTH)
-
-        for first in range(0, BLOCK_D, _PIECE):
-            piece = first + tl.arange(0, _PIECE)
-            of_items = slope[:, None] * _load_rows(users_ptr, row, live, piece, WIDTH).to(tl.float32)
-            v = of_items
-            if (inverse_norms_ptr is not None) or (item_l2 is not None):
-                v = _load_rows(items_ptr, own, live, piece, WIDTH).to(tl.float32)
+            along = tl.sum(gradients * vectors, axis=1) * inverse + slope * similarity * temperature
+        pieces = _pieces(gradients)
+        for n in tl.static_range(BLOCK_D // _PIECE):
+            piece = n * _PIECE + tl.arange(0, _PIECE)
+            u = _load_rows(users_ptr, row, live, piece, WIDTH).to(tl.float32)
+            v = _load_rows(items_ptr, own, live, piece, WIDTH).to(tl.float32)
+            of_users = pieces[n]
+            of_items = slope[:, None] * u
             if inverse_norms_ptr is not None:
+                of_users += (slope * own_inverse)[:, None] * v
+                of_users = through_norm(of_users, along, u, inverse, temperature)
                 of_items *= (inverse / temperature)[:, None]
                 of_items = through_norm(of_items, slope * similarity, v, own_inverse, 1.0)
-            if item_l2 is not None:
+            else:
+                of_users += slope[:, None] * v
+            if user_l2 is not None:
+                of_users += user_l2 * u
                 of_items += item_l2 * v
+            _add_rows(user_gradients_ptr, row, live, piece, of_users * scale, WIDTH)
             _add_rows(item_gradients_ptr, own, live, piece, of_items * scale, WIDTH)
         if bias_gradients_ptr is not None:
             of_bias = slope
@@ -373,14 +399,22 @@ def items_kernel(
         gradients = tl.dot(slopes.to(users.dtype), users, gradients, input_precision=PRECISION)
 
     scale = 1.0 / length.to(tl.float32)
+    along = pairs
     if inverse_norms_ptr is not None:
         vectors = _load_rows(items_ptr, item, inside, d, WIDTH).to(tl.float32)
         along = tl.sum(gradients * vectors, axis=1) * item_inverse
-        gradients = through_norm(gradients, along, vectors, item_inverse, 1.0)
-    if item_l2 is not None:
-        vectors = _load_rows(items_ptr, item, inside, d, WIDTH).to(tl.float32)
-        gradients += (item_l2 * pairs)[:, None] * vectors
-    _add_rows(item_gradients_ptr, item, inside, d, gradients * scale, WIDTH)
+    pieces = _pieces(gradients)
+    for n in tl.static_range(BLOCK_D // _PIECE):
+        piece = n * _PIECE + tl.arange(0, _PIECE)
+        of_items = pieces[n]
+        v = of_items
+        if (inverse_norms_ptr is not None) or (item_l2 is not None):
+            v = _load_rows(items_ptr, item, inside, piece, WIDTH).to(tl.float32)
+        if inverse_norms_ptr is not None:
+            of_items = through_norm(of_items, along, v, item_inverse, 1.0)
+        if item_l2 is not None:
+            of_items += (item_l2 * pairs)[:, None] * v
+        _add_rows(item_gradients_ptr, item, inside, piece, of_items * scale, WIDTH)
     if bias_gradients_ptr is not None:
         if bias_l2 is not None:
             of_bias += bias_l2 * pairs * tl.load(bias_ptr + item, mask=inside, other=0.0)
