@@ -4,9 +4,12 @@
 products. A batch of B positives in blocks of b with lists of M items takes ``B (16 + M / 8)`` bytes and
 ``B / b * M`` item numbers (with cosine similarity and offsets as many floats); logits are never stored.
 
-Products of float32 tables follow ``torch.get_float32_matmul_precision()``: "highest", torch's default, is
-float32 without tensor cores, and the others are TF32. Those of bfloat16 tables are bfloat16, and add up in
-float32; for them the slopes are rounded to bfloat16 too.
+Products of float32 tables follow ``torch.get_float32_matmul_precision()``. For "highest", torch's default, a
+factor is split in two TF32 numbers, which hold 22 of its 24 bits, and three products of TF32 make one: that
+is float32 but for its last bits, on tensor cores. (A product of float32 as it is runs beside the tensor
+cores, and Triton keeps so much of it in registers that they spill; AMD's matrix cores take it.) The other
+settings are one product of TF32. Those of bfloat16 tables are bfloat16; for them the slopes, too, are rounded
+to bfloat16. All add up in float32.
 """
 
 from __future__ import annotations
@@ -45,25 +48,37 @@ class ProductTile(NamedTuple):
     """The shape of a program of the products.
 
     Attributes:
-        positives: rows of a tile, 16 or more.
-        items: columns of a tile, a divisor of WORD from 16.
+        rows: positives of a program of the users, items of one of the items: 16, 32 or 64.
+        columns: items, or positives, at a time: 16, 32 or 64.
         num_warps: warps of a program.
     """
 
-    positives: int
-    items: int
+    rows: int
+    columns: int
     num_warps: int
 
 
-# By the width of a row, rounded up to a power of two.
+# By the width of a row, rounded up to a power of two: what has no spills with MAX_REGISTERS, and 64 rows
+# where there is a choice, which is what Hopper's matrix instructions take.
 TILES = {
-    16: ProductTile(64, 64, 4),
-    32: ProductTile(64, 64, 4),
-    64: ProductTile(64, 64, 4),
-    128: ProductTile(64, 64, 8),
+    16: ProductTile(64, 32, 4),
+    32: ProductTile(64, 32, 4),
+    64: ProductTile(64, 32, 4),
+    128: ProductTile(64, 32, 8),
     256: ProductTile(32, 32, 8),
     512: ProductTile(16, 16, 8),
 }
+# Where a product is three.
+SPLIT_TILES = {
+    16: ProductTile(32, 32, 4),
+    32: ProductTile(32, 32, 4),
+    64: ProductTile(32, 32, 4),
+    128: ProductTile(16, 32, 8),
+    256: ProductTile(16, 16, 8),
+    512: ProductTile(16, 16, 8),
+}
+MAX_REGISTERS = 255
+"""Of a thread of the products: a program waits for its own matrix instructions, not for other programs."""
 
 
 class SharedLaunches(NamedTuple):
@@ -94,29 +109,43 @@ class SharedLaunches(NamedTuple):
         return [self.draw, self.mask, self.users] + ([] if self.items is None else [self.items])
 
 
-def num_programs(batch_size: int, width: int, block_size: int) -> int:
-    """Programs of the users' launch, and slots of its losses."""
-    _, tile = tile_of(width)
-    return triton.cdiv(batch_size, block_size) * triton.cdiv(block_size, tile.positives)
+class ProductShape(NamedTuple):
+    """How the products of a table's rows are taken.
 
-
-def tile_of(width: int) -> tuple[int, ProductTile]:
-    """The power of two that holds a row, at least 16, and the shape of a program.
-
-    Raises:
-        FastTowerError: the row is too wide.
+    Attributes:
+        block_d: the power of two that holds a row, at least 16.
+        precision: of products of float32, as Triton names it.
+        tile: the shape of a program.
     """
-    if width > MAX_WIDTH:
-        raise FastTowerError(
-            f"vectors have {width} dimensions; the triton backend takes {MAX_WIDTH}: choose backend torch."
-        )
-    block_d = max(16, triton.next_power_of_2(width))
-    return block_d, TILES[block_d]
+
+    block_d: int
+    precision: str
+    tile: ProductTile
+
+    @staticmethod
+    def of(table: Tensor) -> ProductShape:
+        """That for a table as the loss reads it.
+
+        Raises:
+            FastTowerError: the rows are too wide.
+        """
+        width = table.shape[1]
+        if width > MAX_WIDTH:
+            raise FastTowerError(
+                f"vectors have {width} dimensions; the triton backend takes {MAX_WIDTH}: choose backend torch."
+            )
+        block_d = max(16, triton.next_power_of_2(width))
+        precision = "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+        if torch.version.hip is not None:
+            precision = "ieee"
+        split = precision == "tf32x3" and table.dtype == torch.float32
+        return ProductShape(block_d, precision, (SPLIT_TILES if split else TILES)[block_d])
 
 
-def product_precision() -> str:
-    """How Triton multiplies float32, by torch's own setting."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+def num_programs(users: Tensor, batch_size: int, block_size: int) -> int:
+    """Programs of the users' launch for a table of users, and slots of its losses."""
+    rows = ProductShape.of(users).tile.rows
+    return triton.cdiv(batch_size, block_size) * triton.cdiv(block_size, rows)
 
 
 def shared_launches(
@@ -144,7 +173,7 @@ def shared_launches(
         loss: of a positive.
         words: (10,), int32: the key of the lists, `list_key` of that of the negatives, and 8 round keys.
         counters: (2,), int64: t, and Adam's count, which is set to t + 1.
-        losses: (`num_programs`,), float64, added to.
+        losses: (`num_programs` of the users,), float64, added to.
         batch_size: B.
         shuffle: the batch is number t mod steps of the shuffled order; otherwise the interactions are it.
         gathered: row b of the user table belongs to position b of the batch.
@@ -159,7 +188,7 @@ def shared_launches(
             "gradients in no fixed order; choose backend torch, or uniform or popularity negatives."
         )
     settings, device, width = negatives.settings, parameters.users.device, parameters.users.shape[1]
-    block_d, tile = tile_of(width)
+    block_d, precision, tile = ProductShape.of(parameters.users)
     normalised, in_batch = is_normalised(loss.name), settings.proposal != "shared"
     rate, drawn_rate = negatives.list_rates
     lists = BlockLists.empty(
@@ -241,13 +270,11 @@ def shared_launches(
         "LOSS": loss.name,
         "WIDTH": width,
         "BLOCK_D": block_d,
-        "BLOCK_B": tile.positives,
-        "BLOCK_M": tile.items,
         "GATHERED": gathered,
-        "PRECISION": product_precision(),
+        "PRECISION": precision,
     }
-    of_users = triton.cdiv(settings.block_size, tile.positives)
-    of_items = triton.cdiv(settings.scored, tile.items)
+    of_users = triton.cdiv(settings.block_size, tile.rows)
+    of_items = triton.cdiv(settings.scored, tile.rows)
     users: dict[str, Any] = {
         **product,
         "user_gradients_ptr": gradients and gradients.users,
@@ -260,13 +287,16 @@ def shared_launches(
         "beta": _beta(drawn_rate, loss),
         "user_l2": l2["user_l2"],
         "NORMALISED": normalised,
+        "BLOCK_B": tile.rows,
+        "BLOCK_M": tile.columns,
     }
+    items = {**product, "programs": of_items, "BLOCK_B": tile.columns, "BLOCK_M": tile.rows}
     quads = blocks * triton.cdiv(settings.drawn, 4)
     return SharedLaunches(
         Launch(draw_kernel, triton.cdiv(max(batch_size, quads), _DRAWS), draw, num_warps=4),
         Launch(mask_kernel, blocks * list_words, mask, num_warps=4),
-        Launch(users_kernel, blocks * of_users, users, tile.num_warps),
-        Launch(items_kernel, blocks * of_items, product | {"programs": of_items}, tile.num_warps)
+        Launch(users_kernel, blocks * of_users, users, tile.num_warps, MAX_REGISTERS),
+        Launch(items_kernel, blocks * of_items, items, tile.num_warps, MAX_REGISTERS)
         if gradients is not None and of_items
         else None,
         lists,
@@ -331,7 +361,7 @@ def _run(
     device = parameters.users.device
     if not len(batch):
         return torch.zeros((), dtype=torch.float64, device=device)
-    programs = num_programs(len(batch), parameters.users.shape[1], negatives.settings.block_size)
+    programs = num_programs(parameters.users, len(batch), negatives.settings.block_size)
     losses = torch.zeros(programs, dtype=torch.float64, device=device)
     launches = shared_launches(
         parameters,
