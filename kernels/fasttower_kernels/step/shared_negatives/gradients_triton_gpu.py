@@ -53,29 +53,27 @@ def _add_rows(table_ptr, index, there, d, rows, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _halves(tile):
-    """The left and the right half of a tile."""
+def _half(tile, RIGHT: tl.constexpr):
+    """The left or the right half of a tile."""
     rows: tl.constexpr = tile.shape[0]
     half: tl.constexpr = tile.shape[1] // 2
     left, right = tl.split(tl.permute(tl.reshape(tile, (rows, 2, half)), (0, 2, 1)))
-    return left, right
+    if RIGHT:
+        return right
+    else:  # noqa: RET505 - Triton compiles one of the two branches
+        return left
 
 
 @triton.jit
-def _pieces(tile):
-    """[R, D] as D / _PIECE tiles [R, _PIECE], in their order.
+def _piece(tile, NUMBER: tl.constexpr):
+    """Columns NUMBER * _PIECE and the following of a tile: [R, D] to [R, _PIECE].
 
-    A thread that adds all of its part of a tile at once holds an address for each element, or spills.
+    A thread that adds all of its part of a tile at once holds an address for each element, and spills.
     """
-    pieces = (tile,)
     for _ in tl.static_range(_MAX_HALVINGS):
-        if pieces[0].shape[1] > _PIECE:
-            halves = ()
-            for n in tl.static_range(len(pieces)):
-                left, right = _halves(pieces[n])
-                halves += (left, right)
-            pieces = halves
-    return pieces
+        if tile.shape[1] > _PIECE:
+            tile = _half(tile, NUMBER // (tile.shape[1] // (2 * _PIECE)) % 2)
+    return tile
 
 
 @triton.jit(
@@ -273,12 +271,11 @@ def users_kernel(
         if inverse_norms_ptr is not None:
             vectors = _load_rows(users_ptr, row, live, d, WIDTH).to(tl.float32)
             along = tl.sum(gradients * vectors, axis=1) * inverse + slope * similarity * temperature
-        pieces = _pieces(gradients)
         for n in tl.static_range(BLOCK_D // _PIECE):
             piece = n * _PIECE + tl.arange(0, _PIECE)
             u = _load_rows(users_ptr, row, live, piece, WIDTH).to(tl.float32)
             v = _load_rows(items_ptr, own, live, piece, WIDTH).to(tl.float32)
-            of_users = pieces[n]
+            of_users = _piece(gradients, n)
             of_items = slope[:, None] * u
             if inverse_norms_ptr is not None:
                 of_users += (slope * own_inverse)[:, None] * v
@@ -403,10 +400,9 @@ def items_kernel(
     if inverse_norms_ptr is not None:
         vectors = _load_rows(items_ptr, item, inside, d, WIDTH).to(tl.float32)
         along = tl.sum(gradients * vectors, axis=1) * item_inverse
-    pieces = _pieces(gradients)
     for n in tl.static_range(BLOCK_D // _PIECE):
         piece = n * _PIECE + tl.arange(0, _PIECE)
-        of_items = pieces[n]
+        of_items = _piece(gradients, n)
         v = of_items
         if (inverse_norms_ptr is not None) or (item_l2 is not None):
             v = _load_rows(items_ptr, item, inside, piece, WIDTH).to(tl.float32)
