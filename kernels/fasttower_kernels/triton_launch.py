@@ -21,12 +21,14 @@ class Launch:
         programs: size of the one-dimensional grid.
         arguments: of the kernel, by name: tensors, numbers, None for what is absent.
         num_warps: warps a program.
+        max_registers: of a thread.
     """
 
     kernel: Any
     programs: int
     arguments: dict[str, Any]
     num_warps: int
+    max_registers: int = MAX_REGISTERS
 
     def __call__(self) -> None:
         """Put the launch on the current stream."""
@@ -34,7 +36,7 @@ class Launch:
 
     def options(self, *, nvidia: bool) -> dict[str, int]:
         """What the compiler is told; others than NVIDIA's take no bound on registers."""
-        return {"num_warps": self.num_warps} | ({"maxnreg": MAX_REGISTERS} if nvidia else {})
+        return {"num_warps": self.num_warps} | ({"maxnreg": self.max_registers} if nvidia else {})
 
     def with_arguments(self, **arguments: Any) -> Launch:  # noqa: ANN401 - whatever the kernel takes
         """The same launch with some arguments changed."""

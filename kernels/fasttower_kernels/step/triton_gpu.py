@@ -11,8 +11,8 @@ writes beside it, and a call begins with making it anew. Of a vector the fused k
 bytes, 8 per thread up to 128 dimensions, so that a thread has the elements whose gradients it adds, and 16
 from 129 on (where the padded width is a multiple of 8). Adam moves 34 bytes per parameter instead of 32.
 
-Deterministic steps put a sort and a reduction in a fixed
-order in the place of the atomics. They are slower, and hold the (B, N + 1) items and coefficients of a batch.
+Deterministic steps put a sort and a reduction in a fixed order in the place of the atomics. They are slower,
+and hold the (B, N + 1) items and coefficients of a batch.
 """
 
 from __future__ import annotations
@@ -104,8 +104,8 @@ class Steps:
         if settings.negatives.is_shared:
             if settings.deterministic:
                 raise FastTowerError(
-                    f"on a GPU, steps with {settings.negatives.proposal} negatives do not repeat bit for bit; "
-                    "choose uniform negatives, device cpu, or deterministic off."
+                    f"on a GPU, steps with {settings.negatives.proposal} negatives do not repeat bit for "
+                    "bit; choose uniform negatives, device cpu, or deterministic off."
                 )
             programs = shared_negatives.num_programs(
                 self.read.users, self.batch_size, settings.negatives.block_size
@@ -190,8 +190,8 @@ class Steps:
         )
         if settings.deterministic:
             pairs = settings.batch_size * (1 + settings.negatives.count)
-            # Items and coefficients, what the sort makes of them (keys, order and as much to work in), and the
-            # partial sums.
+            # Items and coefficients, what the sort makes of them (keys, order and as much to work in), and
+            # the partial sums.
             sizes["pairs of the deterministic mode"] = (4 + 4 + 2 * (4 + 8) + 4 * width // CHUNK) * pairs
         return (
             f"{self.device} ran out of memory; training needs {listed(sizes)}: "
