@@ -87,3 +87,11 @@ def test_a_nan_shows(loss):
     assert np.isnan(values[[3, 4]]).all()
     assert np.isnan(out[:, [3, 4]]).any(axis=0).all()
     assert np.isfinite(out[:, 5]).all()
+
+
+def test_many_logits_of_zero_do_not_overflow():
+    """The product whose logarithm is taken would be 2**200."""
+    logits = np.zeros((201, TILE), dtype=np.float32)
+    ones, values = np.ones(TILE, dtype=np.float32), np.zeros(TILE)
+    compiled("bce")(logits, 200, ones, ones, values, np.zeros_like(logits))
+    np.testing.assert_allclose(values, 201 * np.log(2), rtol=1e-6)
