@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fasttower_kernels.compiled import entry_point, uint64
+from fasttower_kernels.compiled import SOURCES, entry_point, uint64
 from fasttower_kernels.losses import LossSettings
 from fasttower_kernels.losses.numba_cpu import NORMALISED, TILE, accumulate, begin_tile, new_tile, slopes
 from fasttower_kernels.losses.reference import Scores, loss_values
@@ -15,10 +15,11 @@ LOSSES = ("bce", "gbce", "bpr", "softmax")
 
 
 @lru_cache
-def compiled(loss):
+def compiled(loss, sources=SOURCES):
     normalised = loss in NORMALISED
 
     def run(logits, chunk, weight, beta, values, out):
+        _ = sources
         tile = new_tile()
         tile.weight[:] = weight
         tile.beta[:] = beta
