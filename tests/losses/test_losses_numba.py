@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+<<<<<<< HEAD
 from fasttower_kernels.compiled import entry_point, uint64
+=======
+from fasttower_kernels.compiled import SOURCES, entry_point, uint64
+from fasttower_kernels.losses import LossSettings
+>>>>>>> c2-shared-numba
 from fasttower_kernels.losses.numba_cpu import NORMALISED, TILE, accumulate, begin_tile, new_tile, slopes
 from fasttower_kernels.losses.reference import Scores, loss_values
 from fasttower_kernels.settings import LossSettings
@@ -15,10 +20,11 @@ LOSSES = ("bce", "gbce", "bpr", "softmax")
 
 
 @lru_cache
-def compiled(loss):
+def compiled(loss, sources=SOURCES):
     normalised = loss in NORMALISED
 
     def run(logits, chunk, weight, beta, values, out):
+        _ = sources
         tile = new_tile()
         tile.weight[:] = weight
         tile.beta[:] = beta
@@ -87,3 +93,11 @@ def test_a_nan_shows(loss):
     assert np.isnan(values[[3, 4]]).all()
     assert np.isnan(out[:, [3, 4]]).any(axis=0).all()
     assert np.isfinite(out[:, 5]).all()
+
+
+def test_many_logits_of_zero_do_not_overflow():
+    """The product whose logarithm is taken would be 2**200."""
+    logits = np.zeros((201, TILE), dtype=np.float32)
+    ones, values = np.ones(TILE, dtype=np.float32), np.zeros(TILE)
+    compiled("bce")(logits, 200, ones, ones, values, np.zeros_like(logits))
+    np.testing.assert_allclose(values, 201 * np.log(2), rtol=1e-6)

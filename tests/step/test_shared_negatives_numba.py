@@ -105,7 +105,7 @@ def test_vectors_below_the_least_norm():
     loss = LossSettings("softmax", similarity="cosine", user_l2=0.2, item_l2=0.1, bias_l2=0.3)
     tables, batch = make_tables(128), make_batch(60)
     tables.users[int(batch.user_index[0])] = 0
-    tables.items[int(batch.item_index[1])] *= 1e-10
+    tables.items[int(batch.item_index[1])] *= 2e-9
     gradients, right = tables.zeros_like(), in_float64(tables.zeros_like())
     negatives = make_negatives(NegativeSettings("in-batch", block_size=60))
     numba_cpu.run_batch(tables, gradients, batch, negatives, loss, key=KEY, step=STEP)

@@ -10,7 +10,7 @@ nothing. A table without stamps is not lazy, and left alone here.
 
 # Constants of a kernel are written in capitals, and arguments get their types when it is launched.
 # What is None is decided when a kernel is compiled, and gets a condition of its own: SIM102.
-# ruff: noqa: ANN001, ANN201, N803, SIM102
+# ruff: noqa: N803, SIM102
 # mypy: disallow-untyped-defs=False
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Functions of a logit that several losses are made of, in Triton."""
 
 # Arguments get their types when a kernel is compiled.
-# ruff: noqa: ANN001, ANN201
 # mypy: disallow-untyped-defs=False
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ filter leave it open, one loop searches for all four, with four loads on their w
 """
 
 # Constants of a kernel are written in capitals, and arguments get their types when it is launched.
-# ruff: noqa: ANN001, ANN201, ANN202, N803
+# ruff: noqa: N803
 # Tuples grow by an element a lane, in loops that are unrolled.
 # mypy: disallow-untyped-defs=False, disable-error-code="assignment,var-annotated"
 

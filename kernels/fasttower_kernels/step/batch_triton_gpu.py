@@ -4,7 +4,7 @@ Every kernel that walks over a batch starts so, and finds the same positives and
 """
 
 # Constants of a kernel are written in capitals, and arguments get their types when it is launched.
-# ruff: noqa: ANN001, ANN201, N803
+# ruff: noqa: N803
 # mypy: disallow-untyped-defs=False
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ kernel, a word instead of a row.
 
 # Constants of a kernel are written in capitals, and arguments get their types when it is launched.
 # What is None is decided when a kernel is compiled, and gets a condition of its own: SIM102.
-# ruff: noqa: ANN001, ANN201, ANN202, N803, N806, SIM102
+# ruff: noqa: N803, N806, SIM102
 # mypy: disallow-untyped-defs=False
 
 from __future__ import annotations

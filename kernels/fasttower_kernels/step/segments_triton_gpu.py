@@ -12,7 +12,7 @@ Source: FBGEMM's sorted backward pass of its embedding tables, which splits long
 """
 
 # Constants of a kernel are written in capitals, and arguments get their types when it is launched.
-# ruff: noqa: ANN001, ANN201, N803
+# ruff: noqa: N803
 # mypy: disallow-untyped-defs=False
 
 from __future__ import annotations

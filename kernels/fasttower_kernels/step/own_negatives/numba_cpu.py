@@ -95,7 +95,7 @@ def _subtract_log_q(
 
 # Its branches are the seams, chosen when it is compiled; cut up, each part would take a dozen arrays.
 @njit(fastmath=FAST, **OPTIONS)
-def add_batch(  # noqa: PLR0912, PLR0915
+def add_batch(
     parameters: Any,
     gradients: Any,
     batch: Array,

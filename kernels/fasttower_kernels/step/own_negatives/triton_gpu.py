@@ -16,7 +16,7 @@ sum whatever the order.
 """
 
 # Constants of a kernel are written in capitals, and arguments get their types when it is launched.
-# ruff: noqa: N803, N806, PLR0915
+# ruff: noqa: N803, N806
 # Tuples grow by an element a lane, in loops that are unrolled.
 # mypy: disallow-untyped-defs=False, disable-error-code="assignment"
 

@@ -15,7 +15,7 @@ measurement.
 """
 
 # Constants of a kernel are written in capitals, and arguments get their types when it is launched.
-# ruff: noqa: N803, N806
+# ruff: noqa: N803
 # mypy: disallow-untyped-defs=False
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fasttower_kernels.sampled_bce.triton_batch import batch_positives
 from fasttower_kernels.similarity_triton_gpu import inverse_norm
+from fasttower_kernels.step.batch_triton_gpu import batch_positives
 
 WORD = 64
 """Items of a list whose bits are one int64."""
@@ -236,7 +236,6 @@ def _found(row_ptr, degree, item, wanted):
         "num_items",
         "drawn",
         "list_words",
-        "bitmap_words",
     ]
 )
 def mask_kernel(
@@ -245,7 +244,8 @@ def mask_kernel(
     rate_ptr,
     indptr_ptr,
     known_items_ptr,
-    bitmap_ptr,
+    bit_offsets_ptr,
+    bits_ptr,
     counters_ptr,
     users_ptr,
     positives_ptr,
@@ -260,7 +260,6 @@ def mask_kernel(
     num_items,
     drawn,
     list_words,
-    bitmap_words,
     drawn_rate,
     WIDTH: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -274,9 +273,10 @@ def mask_kernel(
         items_ptr: (I, WIDTH): the vectors; read for their norms only.
         bias_ptr: (I,), float32, or None.
         rate_ptr: (I,), float32, of `Negatives.list_rates`; None where log q is not read.
-        indptr_ptr: as in `Exclusion`; None to leave nothing out.
-        known_items_ptr: as in `Exclusion`.
-        bitmap_ptr: as in `Exclusion`; None to search the known items.
+        indptr_ptr: as in `exclusion_arguments`; None to leave nothing out.
+        known_items_ptr: the items.
+        bit_offsets_ptr: None where every user has a bitmap; otherwise the known items are searched.
+        bits_ptr: the bitmaps.
         counters_ptr: as in `draw_kernel`.
         users_ptr: as in `BlockLists`, like the next five.
         positives_ptr: the same.
@@ -291,7 +291,6 @@ def mask_kernel(
         num_items: the same.
         drawn: the same.
         list_words: the same.
-        bitmap_words: as in `Exclusion`.
         drawn_rate: of `Negatives.list_rates`.
         WIDTH: the padded width of a row.
         BLOCK_D: the power of two from it.
@@ -336,8 +335,8 @@ def mask_kernel(
             start = tl.load(indptr_ptr + user)
             degree = (tl.load(indptr_ptr + user + 1) - start).to(tl.int32)
             counted &= (degree < num_items)[:, None]
-            if bitmap_ptr is not None:
-                words = bitmap_ptr + (user * bitmap_words)[:, None] + (item >> 5)[None, :]
+            if bit_offsets_ptr is None:
+                words = bits_ptr + (user * ((num_items + 31) // 32))[:, None] + (item >> 5)[None, :]
                 bits = tl.load(words, mask=counted, other=0)
                 counted &= ((bits >> (item & 31)[None, :]) & 1) == 0
             else:

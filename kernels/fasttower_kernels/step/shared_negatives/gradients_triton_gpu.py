@@ -6,7 +6,8 @@ highest logit so far and shrinks what it has when a higher one comes, as flash a
 serves all losses. Then come the positives' own terms, whose slope is the sum of the others'.
 
 `items_kernel` gives a program some items of a block's list and goes through the block's positives: the same
-logits once more, from which p and z, 8 bytes a positive, give the slopes, and G^T U, which stays in registers.
+logits once more, from which p and z, 8 bytes a positive, give the slopes, and G^T U, which stays in
+registers.
 
 So there are four products where a kernel that added G^T U to memory for each tile would have three. That one
 would add D floats for each item of a list and each 64 positives, which the L2 cache carries out; here each
@@ -21,7 +22,7 @@ Large-Vocabulary Language Models" (ICLR 2025), section 4.
 """
 
 # Constants of a kernel are written in capitals, and arguments get their types when it is launched.
-# ruff: noqa: N803, N806, PLR0915
+# ruff: noqa: N803
 # mypy: disallow-untyped-defs=False
 
 from __future__ import annotations

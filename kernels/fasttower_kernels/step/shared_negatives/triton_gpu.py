@@ -29,7 +29,6 @@ from fasttower_kernels.philox import Key
 from fasttower_kernels.settings import LossSettings
 from fasttower_kernels.shuffle.triton_gpu import row_bits
 from fasttower_kernels.step.shared_negatives.block_list_triton_gpu import (
-    WORD,
     BlockLists,
     draw_kernel,
     mask_kernel,
@@ -132,7 +131,8 @@ class ProductShape(NamedTuple):
         width = table.shape[1]
         if width > MAX_WIDTH:
             raise FastTowerError(
-                f"vectors have {width} dimensions; the triton backend takes {MAX_WIDTH}: choose backend torch."
+                f"vectors have {width} dimensions; the triton backend takes {MAX_WIDTH}: choose backend "
+                "torch."
             )
         block_d = max(16, triton.next_power_of_2(width))
         precision = "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
