@@ -6,12 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-<<<<<<< HEAD
-from fasttower_kernels.compiled import entry_point, uint64
-=======
 from fasttower_kernels.compiled import SOURCES, entry_point, uint64
-from fasttower_kernels.losses import LossSettings
->>>>>>> c2-shared-numba
 from fasttower_kernels.losses.numba_cpu import NORMALISED, TILE, accumulate, begin_tile, new_tile, slopes
 from fasttower_kernels.losses.reference import Scores, loss_values
 from fasttower_kernels.settings import LossSettings

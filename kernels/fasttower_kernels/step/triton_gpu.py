@@ -17,6 +17,7 @@ and hold the (B, N + 1) items and coefficients of a batch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -101,39 +102,40 @@ class Steps:
             PairBuffers.empty(self.batch_size, count, self.device) if settings.deterministic else None
         )
         self.lazy: LazyLaunches | None = None
+        shared: dict[str, Any] = {
+            "words": self.words,
+            "counters": self.counters,
+            "batch_size": self.batch_size,
+            "shuffle": True,
+        }
+        arrays = self.read, self.gradients, self.interactions, self.negatives, loss
         if settings.negatives.is_shared:
             if settings.deterministic:
                 raise FastTowerError(
                     f"on a GPU, steps with {settings.negatives.proposal} negatives do not repeat bit for "
                     "bit; choose uniform negatives, device cpu, or deterministic off."
                 )
-            programs = shared_negatives.num_programs(
-                self.read.users, self.batch_size, settings.negatives.block_size
+            block_size = settings.negatives.block_size
+            programs = shared_negatives.num_programs(self.read.users, self.batch_size, block_size)
+            self.losses = torch.empty(programs, dtype=torch.float64, device=self.device)
+            self.batch: Callable[[], None] = shared_negatives.shared_launches(
+                *arrays, losses=self.losses, **shared
             )
-            make = shared_negatives.shared_launches
-            more: dict[str, Any] = {}
         else:
             programs = own_negatives.num_programs(self.batch_size, width, warp_lanes())
-            make = own_negatives.own_launch
-            output = Output.PAIRS if settings.deterministic else Output.GRADIENTS
-            more = {"output": output, "pair_buffers": self.pairs}
-        self.losses = torch.empty(programs, dtype=torch.float64, device=self.device)
-        self.batch = make(
-            self.read,
-            self.gradients,
-            self.interactions,
-            self.negatives,
-            loss,
-            words=self.words,
-            counters=self.counters,
-            losses=self.losses,
-            batch_size=self.batch_size,
-            shuffle=True,
-            **more,
-        )
-        lazy = settings.lazy_tables(num_users, len(self.parameters.items), width)
-        if any(lazy):
-            self.lazy = lazy_launches(state, self.batch, self.rates, lazy, rounded=self.rounded)
+            self.losses = torch.empty(programs, dtype=torch.float64, device=self.device)
+            own = own_negatives.own_launch(
+                *arrays,
+                losses=self.losses,
+                output=Output.PAIRS if settings.deterministic else Output.GRADIENTS,
+                pair_buffers=self.pairs,
+                **shared,
+            )
+            self.batch = own
+            lazy = settings.lazy_tables(num_users, len(self.parameters.items), width)
+            if any(lazy):
+                self.lazy = lazy_launches(state, own, self.rates, lazy, rounded=self.rounded)
+        if self.lazy is not None:
             self.update = self.lazy.update
         else:
             self.update = adam_launch(

@@ -18,7 +18,7 @@ sum whatever the order.
 # Constants of a kernel are written in capitals, and arguments get their types when it is launched.
 # ruff: noqa: N803, N806
 # Tuples grow by an element a lane, in loops that are unrolled.
-# mypy: disallow-untyped-defs=False, disable-error-code="assignment"
+# mypy: disallow-untyped-defs=False, disable-error-code="assignment,index"
 
 from __future__ import annotations
 
