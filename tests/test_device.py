@@ -8,7 +8,7 @@ from fasttower.device import check_repeatable, choose_device, cpu_threads
 from fasttower.errors import FastTowerError
 from fasttower.training import trainer
 from fasttower.training.data import TrainingData
-from fasttower.training.observer import Observer
+from fasttower.training.trainer import Trainer
 from fasttower_kernels.backends import choose_backend
 from fasttower_kernels.known_positives import KnownPositives
 from fasttower_kernels.tables import Interactions
@@ -64,18 +64,6 @@ def test_backend_auto_and_torch():
     assert choose_backend("auto", torch.device("cpu"))[0] == "numba"
 
 
-def modes():
-    return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-
-
-@pytest.fixture
-def warn_only():
-    """A mode of torch's own, to be found again."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.mark.parametrize("device", ["cuda", "mps"])
 def test_what_does_not_repeat_is_refused(device):
     with pytest.raises(FastTowerError, match=r"--deterministic .* backend torch .* --backend triton"):
@@ -83,23 +71,19 @@ def test_what_does_not_repeat_is_refused(device):
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_the_trainer_asks_for_it_in_its_steps_alone(deterministic, monkeypatch):
+def test_the_trainer_asks_its_steps_to_repeat(deterministic, monkeypatch):
     seen = []
 
-    def run_steps(state, interactions, *arguments, **options):
-        seen.append(modes()[0])
-        return torch.zeros(())
+    class Recorded(trainer.Step):
+        def __init__(self, state, interactions, negatives, settings, **options):
+            seen.append(settings.deterministic)
+            super().__init__(state, interactions, negatives, settings, **options)
 
-    monkeypatch.setattr(trainer, "run_steps", run_steps)
-    monkeypatch.setattr(trainer, "choose_backend", lambda *_: ("triton", "for the test"))
+    monkeypatch.setattr(trainer, "Step", Recorded)
     index = torch.zeros(3, dtype=torch.int32)
-    settings = {"embedding_dim": 4, "batch_size": 2, "epochs": 2, "deterministic": deterministic}
-    part, known = Interactions(index, index), KnownPositives.from_pairs(index, index, 1, 1)
-
-    class Watch(Observer):
-        def on_epoch(self, record):
-            seen.append(modes()[0])
-
-    config = TrainingConfig(**settings).resolved(3)
-    trainer.Trainer(TrainingData(part, part, None, known), config, observer=Watch()).train()
-    assert seen == [deterministic, False] * 2
+    pairs, known = Interactions(index, index), KnownPositives.from_pairs(index, index, 1, 2)
+    config = TrainingConfig(
+        embedding_dim=4, batch_size=2, epochs=1, backend="torch", deterministic=deterministic
+    )
+    Trainer(TrainingData(pairs, pairs, None, known), config.resolved(3)).train()
+    assert seen == [deterministic]

@@ -14,16 +14,23 @@ from fasttower.errors import FastTowerError
 from fasttower.training.data import TrainingData
 from fasttower.training.trainer import Trainer
 from fasttower_kernels.known_positives import KnownPositives
+from fasttower_kernels.negatives import Negatives
 from fasttower_kernels.philox import seed_key
-from fasttower_kernels.sampled_bce import LossSettings
-from fasttower_kernels.sampled_bce.reference import train_step
+from fasttower_kernels.settings import LossSettings, NegativeSettings, StepSettings
 from fasttower_kernels.shuffle import epoch_key
 from fasttower_kernels.shuffle.reference import shuffled_rows
+from fasttower_kernels.step import Step, TrainState, add_gradients
 from fasttower_kernels.tables import Interactions, Tables
-from fasttower_kernels.train_steps import StepSettings, TrainState, run_steps
 
 NUM_USERS, NUM_ITEMS = 17, 23
-SETTINGS = StepSettings(LossSettings(3, l2=0.02), 0.05, 50, seed=9, table_dtype="bfloat16")
+SETTINGS = StepSettings(
+    0.05,
+    50,
+    seed=9,
+    loss=LossSettings(user_l2=0.02, item_l2=0.02),
+    negatives=NegativeSettings(count=3),
+    table_dtype="bfloat16",
+)
 needs_numba = pytest.mark.skipif(not importlib.util.find_spec("numba"), reason="numba is not installed")
 
 
@@ -48,18 +55,25 @@ def known(interactions):
 
 
 def run(state, interactions, known, settings, *, steps=1, backend="torch"):
-    return sum(
-        run_steps(state, interactions, known, settings, first_step=t, num_steps=1, backend=backend)
-        for t in range(steps)
-    )
+    negatives = Negatives.of(settings.negatives, interactions, NUM_USERS, NUM_ITEMS, known)
+    step = Step(state, interactions, negatives, settings, backend=backend)
+    return sum(step.run(t, 1) for t in range(steps))
 
 
 def error(result, right):
     return float((result.double() - right).norm() / right.norm())
 
 
-@pytest.mark.parametrize("bias", [True, False])
-def test_gradients_are_those_of_the_rounded_tables(interactions, known, bias):
+@pytest.mark.parametrize(
+    ("bias", "loss", "negatives"),
+    [
+        (True, SETTINGS.loss, SETTINGS.negatives),
+        (False, SETTINGS.loss, SETTINGS.negatives),
+        (True, LossSettings("softmax"), NegativeSettings("in-batch", block_size=25)),
+    ],
+    ids=["bias", "no bias", "in-batch softmax"],
+)
+def test_gradients_are_those_of_the_rounded_tables(interactions, known, bias, loss, negatives):
     """Against float64; the whole epoch is one batch, and the first moment a tenth of its gradient."""
     tables = make_tables(bias=bias)
     users, items = (table.bfloat16().double() for table in (tables.users, tables.items))
@@ -67,14 +81,16 @@ def test_gradients_are_those_of_the_rounded_tables(interactions, known, bias):
     oracle = rounded.zeros_like()
     order = shuffled_rows(torch.arange(50), 50, epoch_key(SETTINGS.seed, 0))
     batch = Interactions(interactions.user_index[order], interactions.item_index[order])
-    step = (batch, known, SETTINGS.loss)
-    expected = train_step(rounded, oracle, *step, key=seed_key(SETTINGS.seed), step=0)
+    settings = dataclasses.replace(SETTINGS, loss=loss, negatives=negatives)
+    step = batch, Negatives.of(negatives, interactions, NUM_USERS, NUM_ITEMS, known), loss
+    call = {"key": seed_key(SETTINGS.seed), "step": 0, "backend": "torch"}
+    expected = add_gradients(rounded, oracle, *step, **call)
     plain = Tables(*(table.double() for table in tables))
     unrounded = plain.zeros_like()
-    train_step(plain, unrounded, *step, key=seed_key(SETTINGS.seed), step=0)
+    add_gradients(plain, unrounded, *step, **call)
     state = TrainState.start(tables)
-    bce = run(state, interactions, known, SETTINGS)
-    assert float(bce) == pytest.approx(float(expected), rel=1e-6)
+    value = run(state, interactions, known, settings)
+    assert float(value) == pytest.approx(float(expected), rel=1e-6)
     for moment, right, other in zip(state.moments_1, oracle, unrounded, strict=True):
         assert error(10 * moment, right) < 1e-6
         assert 1e-4 < error(10 * moment, other) < 1e-2
@@ -96,7 +112,7 @@ def test_lazy_adam_reads_rounded_rows_too(interactions, known):
     for optimiser in ("adam", "lazy_adam"):
         states.append(TrainState.start(make_tables()))
         settings = dataclasses.replace(SETTINGS, optimiser=optimiser, batch_size=10)
-        run_steps(states[-1], interactions, known, settings, first_step=0, num_steps=5, backend="torch")
+        run(states[-1], interactions, known, settings, steps=5)
     for one, other in zip(states[0].parameters, states[1].parameters, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 

@@ -16,7 +16,9 @@ from fasttower.training.plan import Plan
 from fasttower.training.trainer import Trainer
 from fasttower.training.validation import Validation
 from fasttower_kernels.known_positives import KnownPositives
-from fasttower_kernels.sampled_bce import LossSettings, bce_sum
+from fasttower_kernels.negatives import Negatives
+from fasttower_kernels.settings import LossSettings, NegativeSettings
+from fasttower_kernels.step import loss_sum
 from fasttower_kernels.tables import Interactions
 
 NUM_USERS, NUM_ITEMS = 30, 40
@@ -253,18 +255,37 @@ def test_a_loss_that_is_not_finite_stops_the_training(data):
         train(data, CONFIG, plan=Plan((0,), (0.03,), epochs=1), model=model)
 
 
+def uniform(count, known=None):
+    return Negatives(NegativeSettings(count=count), NUM_USERS, NUM_ITEMS, known)
+
+
 def test_validation_loss_is_the_mean_over_pairs_and_repeats(data):
     model = TwoTower(NUM_USERS, NUM_ITEMS, 4).initialise(0, 0.0)
     validation = Validation.of(data.valid, data.known_positives, 5)
     for scale, expected in (("pairs", math.log(2)), ("positives", 11 * math.log(2))):
-        loss = validation.loss(model, LossSettings(10, loss_scale=scale), None, seed=1, backend="torch")
+        loss = validation.loss(model, LossSettings(scale=scale), uniform(10), seed=1, backend="torch")
         assert loss == pytest.approx(expected, rel=1e-5)
     noisy = TwoTower(NUM_USERS, NUM_ITEMS, 4).initialise(0, 1.0)
     first, second = (
-        validation.loss(noisy, LossSettings(10), data.known_positives, seed=1, backend="torch")
+        validation.loss(noisy, LossSettings(), uniform(10, data.known_positives), seed=1, backend="torch")
         for _ in range(2)
     )
     assert first == second
+
+
+@pytest.mark.parametrize(
+    ("loss", "expected"),
+    [
+        (LossSettings("bpr"), 10 * math.log(2)),
+        (LossSettings("gbce", calibration=1.0), (10 / NUM_ITEMS + 10) * math.log(2)),
+        (LossSettings("softmax"), math.log(1 + NUM_ITEMS)),  # 10 negatives, each for I / 10
+    ],
+)
+def test_validation_loss_is_that_of_the_training(data, loss, expected):
+    model = TwoTower(NUM_USERS, NUM_ITEMS, 4).initialise(0, 0.0)
+    validation = Validation.of(data.valid, data.known_positives, 5)
+    value = validation.loss(model, loss, uniform(10), seed=1, backend="torch")
+    assert value == pytest.approx(expected, rel=1e-5)
 
 
 def test_validation_metrics_hide_training_items(data):
@@ -286,12 +307,12 @@ def test_validation_loss_is_one_call_and_its_indices_are_checked_once(data, monk
     validation = Validation.of(many, data.known_positives, 5)
     calls, checked, lowest = [], [], torch.Tensor.min
     monkeypatch.setattr(
-        "fasttower.training.validation.bce_sum",
-        lambda tables, pairs, *rest, **given: calls.append(pairs) or bce_sum(tables, pairs, *rest, **given),
+        "fasttower.training.validation.loss_sum",
+        lambda tables, pairs, *rest, **given: calls.append(pairs) or loss_sum(tables, pairs, *rest, **given),
     )
     monkeypatch.setattr(torch.Tensor, "min", lambda index: checked.append(index) or lowest(index))
     for _ in range(2):
-        validation.loss(model, LossSettings(1), data.known_positives, seed=1, backend="torch")
+        validation.loss(model, LossSettings(), uniform(1), seed=1, backend="torch")
     assert [pairs is many for pairs in calls] == [True, True]
     assert len(checked) == 2
     assert checked[0] is many.user_index

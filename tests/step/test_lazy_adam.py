@@ -15,13 +15,17 @@ from fasttower_kernels.adam.reference import adam_step
 from fasttower_kernels.adam.replay_nodes import NODES, replay_nodes
 from fasttower_kernels.errors import FastTowerError
 from fasttower_kernels.known_positives import KnownPositives
-from fasttower_kernels.sampled_bce import LossSettings
+from fasttower_kernels.negatives import Negatives
+from fasttower_kernels.settings import LossSettings, NegativeSettings, StepSettings
+from fasttower_kernels.step import Step, TrainState
 from fasttower_kernels.tables import Interactions, Tables
-from fasttower_kernels.train_steps import StepSettings, TrainState, run_steps
 
 NUM_USERS, NUM_ITEMS, WIDTH = 203, 301, 8
 NUM_ROWS, BATCH = 3997, 4  # 1,000 steps an epoch, the last one short
-SETTINGS = StepSettings(LossSettings(2, l2=0.01), 0.01, BATCH, seed=9, optimiser="lazy_adam")
+L2 = LossSettings(user_l2=0.01, item_l2=0.01)
+SETTINGS = StepSettings(
+    0.01, BATCH, seed=9, loss=L2, negatives=NegativeSettings(count=2), optimiser="lazy_adam"
+)
 
 needs_numba = pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="numba is not installed")
 BACKENDS = ["torch", pytest.param("numba", marks=needs_numba)]
@@ -65,13 +69,18 @@ def copied(tables):
 
 def run(backend, settings=SETTINGS, *, calls=(1000,), tables=None, state=None, first_step=0):
     state = state or TrainState.start(copied(tables or make_tables()))
-    interactions, known, bce = make_interactions(), make_known(), 0.0
+    steps, total = make_step(state, settings, backend), 0.0
     for count in calls:
-        arguments = {"first_step": first_step, "num_steps": count, "backend": backend}
-        bce += float(run_steps(state, interactions, known, settings, **arguments))
+        total += float(steps.run(first_step, count))
         first_step += count
     assert all(not gradient.any() for gradient in state.gradients)
-    return bce, state
+    return total, state
+
+
+def make_step(state, settings, backend, *, exclude=True):
+    interactions, known = make_interactions(), make_known() if exclude else None
+    negatives = Negatives.of(settings.negatives, interactions, NUM_USERS, NUM_ITEMS, known)
+    return Step(state, interactions, negatives, settings, backend=backend)
 
 
 def displacement_error(ours, right, start):
@@ -89,10 +98,10 @@ def oracle():
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_equals_dense_adam_in_float64(backend, oracle):
     expected, right = oracle
-    bce, state = run(backend)
+    total, state = run(backend)
     error = displacement_error(state.parameters, right.parameters, make_tables())
     assert error < 1e-5
-    assert bce == pytest.approx(expected, rel=1e-6)
+    assert total == pytest.approx(expected, rel=1e-6)
     for ours, theirs in ((state.moments_1, right.moments_1), (state.moments_2, right.moments_2)):
         for one, other in zip(ours, theirs, strict=True):
             torch.testing.assert_close(one.double(), other, rtol=1e-3, atol=float(other.abs().max()) * 1e-5)
@@ -137,32 +146,51 @@ def test_optimisers_may_alternate(backend, oracle):
 def test_repeats_bit_for_bit(threads):
     torch.set_num_threads(threads)
     # With more positives than a tile, both threads have some; more negatives than a chunk.
-    settings = dataclasses.replace(SETTINGS, batch_size=150, loss=LossSettings(40, l2=0.01))
-    bce, state = run("numba", settings, calls=(20, 7))
+    settings = dataclasses.replace(SETTINGS, batch_size=150, negatives=NegativeSettings(count=40))
+    total, state = run("numba", settings, calls=(20, 7))
     for _ in range(2):
         again, other = run("numba", settings, calls=(20, 7))
-        assert again == bce
+        assert again == total
         for mine, same in ((state.parameters, other.parameters), (state.moments_2, other.moments_2)):
             assert all(one.equal(another) for one, another in zip(mine, same, strict=True))
     dense = dataclasses.replace(settings, optimiser="adam")
     expected, right = run("torch", dense, calls=(27,), tables=doubled(make_tables()))
-    assert bce == pytest.approx(expected, rel=1e-5)
+    assert total == pytest.approx(expected, rel=1e-5)
     assert displacement_error(state.parameters, right.parameters, make_tables()) < 1e-5
 
 
 @needs_numba
-@pytest.mark.parametrize("exclude", [True, False])
-def test_other_variants(exclude):
-    settings = dataclasses.replace(SETTINGS, loss=LossSettings(0 if exclude else 5))
+@pytest.mark.parametrize(
+    ("loss", "negatives", "exclude"),
+    [
+        (LossSettings(), NegativeSettings(count=0), True),
+        (LossSettings(), NegativeSettings(count=5), False),
+        (L2, NegativeSettings(count=2, pool=6), True),  # what is not kept is read too
+        (LossSettings("softmax"), NegativeSettings("popularity", count=5), True),
+        (LossSettings("softmax"), NegativeSettings("shared", count=5, block_size=3), True),
+        (LossSettings("bpr", user_l2=0.01), NegativeSettings("mixed", count=5, block_size=3), True),
+    ],
+    ids=["no negatives", "plain", "hard", "popularity", "shared", "mixed"],
+)
+def test_other_variants(loss, negatives, exclude):
+    settings = dataclasses.replace(SETTINGS, loss=loss, negatives=negatives)
     tables = make_tables(bias=False)
-    known = make_known() if exclude else None
     states = []
     for backend, optimiser, start in (("numba", "lazy_adam", tables), ("torch", "adam", doubled(tables))):
         state = TrainState.start(copied(start))
         chosen = dataclasses.replace(settings, optimiser=optimiser)
-        run_steps(state, make_interactions(), known, chosen, first_step=0, num_steps=300, backend=backend)
+        make_step(state, chosen, backend, exclude=exclude).run(0, 300)
         states.append(state.parameters)
     assert displacement_error(*states, tables) < 1e-5
+
+
+@pytest.mark.parametrize("negatives", [NegativeSettings(count=2, pool=6), NegativeSettings("mixed", count=5)])
+def test_other_variants_in_plain_torch(negatives):
+    settings = dataclasses.replace(SETTINGS, loss=LossSettings("softmax"), negatives=negatives)
+    _, state = run("torch", settings, calls=(100,))
+    dense = dataclasses.replace(settings, optimiser="adam")
+    _, right = run("torch", dense, calls=(100,), tables=doubled(make_tables()))
+    assert displacement_error(state.parameters, right.parameters, make_tables()) < 1e-5
 
 
 def test_a_row_that_waits_for_long():
@@ -224,8 +252,7 @@ def test_on_a_gpu_each_table_goes_by_its_size():
 
 def test_auto_goes_by_the_sizes():
     def is_lazy(users, items, batch_size, optimiser="auto"):
-        settings = StepSettings(LossSettings(10), 0.01, batch_size, 0, optimiser)
-        return settings.is_lazy(Tables(torch.empty(users, 0), torch.empty(items, 0)))
+        return StepSettings(0.01, batch_size, 0, optimiser=optimiser).is_lazy(users, items)
 
     assert is_lazy(138_493, 26_744, 1024)
     assert not is_lazy(138_493, 26_744, 65_536)
@@ -234,16 +261,32 @@ def test_auto_goes_by_the_sizes():
     assert not is_lazy(138_493, 26_744, 1024, "adam")
 
 
+@pytest.mark.parametrize(
+    ("negatives", "lazy"),
+    [  # of 10,000 users and 50,000 items a batch of 1,000 may touch at most 20,000 rows for lazy Adam
+        (NegativeSettings(count=17), True),
+        (NegativeSettings(count=18), False),
+        (NegativeSettings(count=10, pool=18), False),
+        (NegativeSettings("in-batch", count=18), True),
+        (NegativeSettings("shared", count=4500, block_size=256), True),  # 4 blocks
+        (NegativeSettings("shared", count=4501, block_size=256), False),
+        (NegativeSettings("mixed", count=4501, block_size=256), False),
+    ],
+)
+def test_auto_goes_by_what_is_drawn(negatives, lazy):
+    assert StepSettings(0.01, 1000, 0, negatives=negatives).is_lazy(10_000, 50_000) == lazy
+
+
 @needs_numba
 def test_auto_takes_the_choice(monkeypatch):
     wanted = run("numba", calls=(30,))[1].parameters
     auto = dataclasses.replace(SETTINGS, optimiser="auto")
-    monkeypatch.setattr("fasttower_kernels.train_steps.state.LAZY_PAYS_FROM", 1)
+    monkeypatch.setattr("fasttower_kernels.settings.LAZY_PAYS_FROM", 1)
     assert all(
         one.equal(other)
         for one, other in zip(run("numba", auto, calls=(30,))[1].parameters, wanted, strict=True)
     )
-    monkeypatch.setattr("fasttower_kernels.train_steps.state.LAZY_PAYS_FROM", 10**6)
+    monkeypatch.setattr("fasttower_kernels.settings.LAZY_PAYS_FROM", 10**6)
     dense = run("numba", auto, calls=(30,))[1].parameters
     assert not all(one.equal(other) for one, other in zip(dense, wanted, strict=True))
 
@@ -275,7 +318,7 @@ def test_the_marks_of_a_step_are_taken_off():
     import numba
     import numpy as np
 
-    from fasttower_kernels.train_steps.lazy_numba_cpu import update_touched_piece
+    from fasttower_kernels.step.lazy_pieces_numba_cpu import update_touched_piece
 
     @numba.njit
     def update(p, g, m, v, last, touched, scales):

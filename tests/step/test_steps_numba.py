@@ -1,32 +1,21 @@
-"""The compiled CPU backend against the plain torch reference: draws bit for bit, the rest to rounding."""
+"""The compiled steps against the plain torch reference, to rounding; they repeat bit for bit."""
 
-import hashlib
 import os
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 
-numba = pytest.importorskip("numba")
+pytest.importorskip("numba")
 
-from fasttower_kernels import membership  # noqa: E402
-from fasttower_kernels.known_positives import KnownPositives  # noqa: E402
-from fasttower_kernels.negatives import numba_cpu as negatives  # noqa: E402
-from fasttower_kernels.negatives.reference import sample_negatives  # noqa: E402
-from fasttower_kernels.philox import numba_cpu as philox  # noqa: E402
-from fasttower_kernels.philox import seed_key  # noqa: E402
-from fasttower_kernels.sampled_bce import LossSettings  # noqa: E402
-from fasttower_kernels.sampled_bce import numba_cpu as sampled_bce  # noqa: E402
-from fasttower_kernels.sampled_bce import reference as sampled_bce_reference  # noqa: E402
-from fasttower_kernels.shuffle.reference import round_keys, shuffled_rows  # noqa: E402
-from fasttower_kernels.tables import Interactions, Tables, padded  # noqa: E402
-from fasttower_kernels.train_steps import StepSettings, TrainState, steps_per_epoch  # noqa: E402
-from fasttower_kernels.train_steps import numba_cpu as train_steps  # noqa: E402
-from fasttower_kernels.train_steps import reference as train_steps_reference  # noqa: E402
+from fasttower_kernels.known_positives import KnownPositives
+from fasttower_kernels.negatives import Negatives
+from fasttower_kernels.settings import LossSettings, NegativeSettings, StepSettings
+from fasttower_kernels.step import Step, TrainState, numba_cpu, steps_per_epoch
+from fasttower_kernels.step.variant_numba_cpu import Variant, variant_of
+from fasttower_kernels.tables import Interactions, Tables, padded
 
-KEY = seed_key(12345678901234567)
 NUM_USERS, NUM_ITEMS, NUM_ROWS = 30, 41, 300
 
 
@@ -46,11 +35,11 @@ def make_tables(dim, *, bias=True, scale=0.7):
     return Tables(users, items, torch.randn(NUM_ITEMS, generator=generator) if bias else None)
 
 
-def make_interactions(size=NUM_ROWS):
-    generator = torch.Generator().manual_seed(size)
+def make_interactions():
+    generator = torch.Generator().manual_seed(NUM_ROWS)
     return Interactions(
-        torch.randint(NUM_USERS, (size,), generator=generator, dtype=torch.int32),
-        torch.randint(NUM_ITEMS, (size,), generator=generator, dtype=torch.int32),
+        torch.randint(NUM_USERS, (NUM_ROWS,), generator=generator, dtype=torch.int32),
+        torch.randint(NUM_ITEMS, (NUM_ROWS,), generator=generator, dtype=torch.int32),
     )
 
 
@@ -65,283 +54,106 @@ def make_known():
     return KnownPositives.from_pairs(index[:, 0], index[:, 1], NUM_USERS, NUM_ITEMS)
 
 
-def hashed(monkeypatch):
-    monkeypatch.setattr(membership, "BITMAP_LIMIT_BYTES", 0)
-    known = make_known()
-    assert not membership.membership_of(known).exact
-    return known
-
-
-def from_python(function):
-    """A function that only compiled code may call, for Python to call."""
-    return numba.njit(lambda *arguments: function(*arguments))  # noqa: PLW0108 - numba is to compile it
-
-
-def assert_close(ours, right, rtol=1e-5, atol=1e-6):
-    for one, other in zip(ours, right, strict=True):
-        torch.testing.assert_close(one, other, rtol=rtol, atol=atol)
-
-
-# The draws
-
-
-@pytest.mark.parametrize(
-    ("counter", "key", "words"),
-    [
-        ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
-        ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
-        (
-            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
-            (0xA4093822, 0x299F31D0),
-            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
-        ),
-    ],
-)
-def test_philox_known_answers(counter, key, words):
-    assert from_python(philox.philox4x32)(*map(np.uint32, (*key, *counter))) == words
-
-
-gather = from_python(train_steps.gather)
-
-
-def ordered(n, key, begin=0, size=None):
-    """Rows at positions begin .. begin + size - 1 of an epoch's order, as the training step gathers them."""
-    size = n if size is None else size
-    bits = (n - 1).bit_length()
-    rows, unused = np.zeros(size, np.uint32), np.zeros(size, np.uint32)
-    index = np.arange(n, dtype=np.int32)
-    shuffle = np.uint64(bits // 2), np.uint64(bits - bits // 2), np.array(round_keys(key), dtype=np.uint32)
-    gather(index, index, np.uint64(begin), np.uint64(size), shuffle, rows, unused, np.uint64(0))
-    return torch.from_numpy(rows.astype(np.int64))
-
-
-def test_order_known_answers():
-    assert ordered(1, (1, 2)).tolist() == [0]
-    assert ordered(2, (1, 2)).tolist() == [0, 1]
-    thousand = ordered(1000, (1, 2)).numpy()
-    digest = hashlib.sha256(thousand.astype("<i8").tobytes()).hexdigest()
-    assert digest == "8b7aeb427df2f343f2078eec93c0cc839da9608f9caf5c107ab6f80ce6a353db"
-
-
-@pytest.mark.parametrize("n", [3, 5, 63, 64, 65, 129, 1025, 65_537])
-def test_order_equals_the_reference(n):
-    assert ordered(n, KEY).equal(shuffled_rows(torch.arange(n), n, KEY))
-    assert ordered(n, KEY, begin=1, size=n - 2).equal(shuffled_rows(torch.arange(1, n - 1), n, KEY))
-
-
-def test_negatives_known_answers():
-    drawn = negatives.sample_negatives(torch.tensor([0, 1, 2]), 6, 3706, key=KEY, step=7)
-    assert drawn.tolist() == [
-        [2066, 229, 2559, 660, 751, 2019],
-        [2413, 1685, 3675, 1017, 3122, 2161],
-        [1518, 1068, 2814, 2317, 3081, 607],
-    ]
-
-
-@pytest.mark.parametrize("filtered", [False, True])
-@pytest.mark.parametrize("size", [1, 63, 130])
-@pytest.mark.parametrize("num_negatives", [0, 1, 3, 4, 10])
-def test_negatives_equal_the_reference(filtered, size, num_negatives, monkeypatch):
-    known = hashed(monkeypatch) if filtered else make_known()
-    # Mostly the users whose draws hit known positives; user 0 has no negatives.
-    users = torch.randint(1, 5, (size,), generator=torch.Generator().manual_seed(size))
-    arguments = {"key": KEY, "step": 7, "known_positives": known, "first_position": 5}
-    drawn = negatives.sample_negatives(users, num_negatives, NUM_ITEMS, **arguments)
-    assert drawn.equal(sample_negatives(users, num_negatives, NUM_ITEMS, **arguments))
-
-
-def test_hashed_bits_that_collide(monkeypatch):
-    # 1,000 items of 5,000 set about 800 of 2,048 bits: most of the bits that are on belong to another item.
-    monkeypatch.setattr(membership, "BITMAP_LIMIT_BYTES", 0)
-    items = torch.randperm(5000, generator=torch.Generator().manual_seed(0))[:1000]
-    known = KnownPositives.from_pairs(torch.zeros_like(items), items, 1, 5000)
-    arguments = {"key": KEY, "step": 2, "known_positives": known}
-    users = torch.zeros(200, dtype=torch.int64)
-    drawn = negatives.sample_negatives(users, 10, 5000, **arguments)
-    assert drawn.equal(sample_negatives(users, 10, 5000, **arguments))
-
-
-def test_hashed_bits_do_not_look_into_the_next_row(monkeypatch):
-    # The items that users 0, 2, .. have not touched come after theirs, and are the first of the next user's.
-    monkeypatch.setattr(membership, "BITMAP_LIMIT_BYTES", 0)
-    rows = [(2 * i, item) for i in range(20) for item in range(1000)]
-    rows += [(2 * i + 1, 1000 + i) for i in range(20)]
-    index = torch.tensor(rows)
-    known = KnownPositives.from_pairs(index[:, 0], index[:, 1], 40, 1020)
-    arguments = {"key": KEY, "step": 2, "known_positives": known}
-    users = torch.arange(0, 40, 2).repeat(20)
-    drawn = negatives.sample_negatives(users, 10, 1020, **arguments)
-    assert drawn.equal(sample_negatives(users, 10, 1020, **arguments))
-
-
-def test_a_large_catalogue_is_drawn_whole():
-    size = 2**31 - 1
-    drawn = negatives.sample_negatives(torch.zeros(50, dtype=torch.int64), 10, size, key=KEY, step=0)
-    assert drawn.equal(sample_negatives(torch.zeros(50, dtype=torch.int64), 10, size, key=KEY, step=0))
-    assert int(drawn.max()) > 2**30
-
-
-# The loss and its gradients
-
-
-@pytest.mark.parametrize("num_negatives", [0, 1, 3, 4, 10, 70])
-@pytest.mark.parametrize("size", [1, 64, 200])
-@pytest.mark.parametrize("dim", [1, 3])
-def test_gradients(dim, size, num_negatives):
-    known, batch, tables = make_known(), make_interactions(size), make_tables(dim)
-    settings = LossSettings(num_negatives, 0.3, "positives" if size > 1 else "pairs")
-    ours, right = tables.zeros_like(), tables.zeros_like()
-    bce = sampled_bce.train_step(tables, ours, batch, known, settings, key=KEY, step=3)
-    expected = sampled_bce_reference.train_step(tables, right, batch, known, settings, key=KEY, step=3)
-    assert float(bce) == pytest.approx(float(expected), rel=1e-5, abs=1e-6)
-    assert_close(ours, right)
-    assert float(ours.users[:, dim:].abs().sum() + ours.items[:, dim:].abs().sum()) == 0  # the padding
-
-
-@pytest.mark.parametrize(("dim", "variant"), [(64, "plain"), (100, "filtered"), (512, "bias")])
-def test_gradients_of_other_widths(dim, variant, monkeypatch):
-    known = hashed(monkeypatch) if variant == "filtered" else None
-    tables, batch = make_tables(dim, bias=variant != "plain", scale=0.2), make_interactions(100)
-    settings = LossSettings(5, 0.1 if variant == "filtered" else 0.0)
-    ours, right = tables.zeros_like(), tables.zeros_like()
-    bce = sampled_bce.train_step(tables, ours, batch, known, settings, key=KEY, step=3)
-    expected = sampled_bce_reference.train_step(tables, right, batch, known, settings, key=KEY, step=3)
-    assert float(bce) == pytest.approx(float(expected), rel=1e-5)
-    assert_close(ours, right)
-
-
-def test_forward_alone():
-    tables, batch, known, settings = (
-        make_tables(3),
-        make_interactions(130),
-        make_known(),
-        LossSettings(10, 0.3),
-    )
-    arguments = {"key": KEY, "step": 0, "first_position": 1000}
-    bce = sampled_bce.bce_sum(tables, batch, known, settings, **arguments)
-    right = sampled_bce_reference.bce_sum(tables, batch, known, settings, **arguments)
-    assert float(bce) == pytest.approx(float(right), rel=1e-5)
-
-
-def test_a_long_sum_is_that_of_its_parts(monkeypatch):
-    tables, batch, known, settings = make_tables(3), make_interactions(300), make_known(), LossSettings(10)
-    draws = {"key": KEY, "step": 0}
-    whole = sampled_bce.bce_sum(tables, batch, known, settings, first_position=1000, **draws)
-    sizes, run = [], sampled_bce._run
-    monkeypatch.setattr(
-        sampled_bce,
-        "_run",
-        lambda *given, **named: sizes.append(len(given[2])) or run(*given, **named),
-    )
-    monkeypatch.setattr(sampled_bce, "_PART_ROWS", 70)
-    cut = sampled_bce.bce_sum(tables, batch, known, settings, first_position=1000, **draws)
-    assert sizes == [70, 70, 70, 70, 20]
-    parts = [
-        float(sampled_bce.bce_sum(tables, part, known, settings, first_position=1000 + first, **draws))
-        for first, part in batch.parts(70)
-    ]
-    assert float(cut) == sum(parts)
-    assert float(cut) == pytest.approx(float(whole), rel=1e-12)
-
-
-@pytest.mark.parametrize("logit", [1e-3, 1.0, 20.0, 88.0, 150.0, 1e4])
-@pytest.mark.parametrize("sign", [1, -1])
-def test_stable_for_large_logits(logit, sign):
-    tables = make_tables(3)
-    for table in tables:
-        table.zero_()
-    tables.users[:, 0], tables.items[:, 0] = logit, sign
-    ours, batch, settings = tables.zeros_like(), make_interactions(64), LossSettings(1, 0.3)
-    bce = sampled_bce.train_step(tables, ours, batch, make_known(), settings, key=KEY, step=0)
-    weight = float((batch.user_index != 0).sum())
-    x = torch.tensor(sign * logit, dtype=torch.float64)
-    softplus = torch.nn.functional.softplus
-    assert float(bce) == pytest.approx(weight * float(softplus(x) + softplus(-x)), rel=1e-6)
-    assert all(bool(gradient.isfinite().all()) for gradient in ours)
-    coefficient = float(torch.sigmoid(x) - torch.sigmoid(-x)) / 64
-    assert float(ours.item_bias.double().sum()) == pytest.approx(weight * coefficient, rel=1e-5, abs=1e-6)
-
-
-def test_small_losses_are_not_lost():
-    tables, batch = make_tables(3), make_interactions(130)
-    for table in tables:
-        table.zero_()
-    tables.users[:, 0], tables.items[:, 0] = 20.0, 1.0
-    bce = sampled_bce.bce_sum(tables, batch, make_known(), LossSettings(0, 0.3), key=KEY, step=0)
-    count = int((batch.user_index != 0).sum())
-    assert float(bce) == pytest.approx(count * np.log1p(np.exp(-20.0)), rel=1e-5)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_diverged_run_shows_in_the_loss(value):
-    tables = make_tables(3)
-    tables.users[5] = value
-    bce = sampled_bce.train_step(
-        tables,
-        tables.zeros_like(),
-        make_interactions(200),
-        make_known(),
-        LossSettings(3, 0.3),
-        key=KEY,
-        step=0,
-    )
-    assert not np.isfinite(float(bce))
-
-
-# The steps
+L2 = {"user_l2": 0.2, "item_l2": 0.2}
 
 
 def run(
-    module,
+    backend,
     dim,
     threads=1,
     *,
+    loss=LossSettings(**L2),  # noqa: B008 - it is frozen
+    negatives=NegativeSettings(count=4),  # noqa: B008
     plain=False,
-    num_negatives=4,
     batch_size=70,
     calls=(5,),
     epoch=1,
     optimiser="adam",
 ):
+    """The sum of the losses; parameters and moments."""
     torch.set_num_threads(threads)
     state = TrainState.start(make_tables(dim, bias=not plain))
-    loss = LossSettings(num_negatives, 0.0 if plain else 0.2)
-    settings = StepSettings(loss, 0.05, batch_size, seed=9, optimiser=optimiser)
-    step = epoch * steps_per_epoch(NUM_ROWS, batch_size)
-    bce = 0.0
+    settings = StepSettings(0.05, batch_size, seed=9, loss=loss, negatives=negatives, optimiser=optimiser)
+    interactions, known = make_interactions(), None if plain else make_known()
+    drawn = Negatives.of(negatives, interactions, NUM_USERS, NUM_ITEMS, known)
+    steps = Step(state, interactions, drawn, settings, backend=backend)
+    first, total = epoch * steps_per_epoch(NUM_ROWS, batch_size), 0.0
     for count in calls:
-        known = None if plain else make_known()
-        bce += float(
-            module.run_steps(state, make_interactions(), known, settings, first_step=step, num_steps=count)
-        )
-        step += count
+        total += float(steps.run(first, count))
+        first += count
     assert all(not gradient.any() for gradient in state.gradients)
-    return bce, [*state.parameters, *state.moments_1, *state.moments_2]
+    return total, [*state.parameters, *state.moments_1, *state.moments_2]
+
+
+def assert_equal_to_rounding(dim, threads, rtol=2e-4, atol=2e-5, **options):
+    total, arrays = run("numba", dim, threads, **options)
+    expected, right = run("torch", dim, **options)
+    assert total == pytest.approx(expected, rel=1e-5)
+    for one, other in zip(arrays, right, strict=True):
+        torch.testing.assert_close(one, other, rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize(
     ("dim", "threads", "options"),
     [
         (3, 1, {}),
-        (1, 1, {"num_negatives": 0, "batch_size": 300, "calls": (1,)}),
+        (1, 1, {"negatives": NegativeSettings(count=0), "batch_size": 300, "calls": (1,)}),
         (3, 2, {}),
-        (3, 2, {"num_negatives": 70, "batch_size": 299, "calls": (2,)}),
-        (16, 1, {"plain": True, "num_negatives": 10}),
+        (3, 2, {"negatives": NegativeSettings(count=70), "batch_size": 299, "calls": (2,)}),
+        (16, 1, {"plain": True, "loss": LossSettings(), "negatives": NegativeSettings(count=10)}),
     ],
 )
 def test_steps(dim, threads, options):
-    bce, arrays = run(train_steps, dim, threads, **options)
-    expected, right = run(train_steps_reference, dim, **options)
-    assert bce == pytest.approx(expected, rel=1e-5)
-    assert_close(arrays, right, rtol=2e-4, atol=2e-5)
+    assert_equal_to_rounding(dim, threads, **options)
+
+
+SHARED = {
+    "shared": NegativeSettings("shared", count=20, block_size=32),
+    "in-batch": NegativeSettings("in-batch", block_size=48),
+    "mixed": NegativeSettings("mixed", count=9, block_size=70),
+}
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_repeats_bit_for_bit_in_one_call_or_many(threads):
-    bce, arrays = run(train_steps, 3, threads)
+@pytest.mark.parametrize("negatives", SHARED)
+def test_shared_negatives(negatives, threads):
+    """Blocks that threads share, and a last block that is shorter."""
+    options = {"loss": LossSettings("softmax", **L2), "negatives": SHARED[negatives], "batch_size": 130}
+    assert_equal_to_rounding(3, threads, calls=(3,), **options)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        LossSettings("gbce", **L2),
+        LossSettings("bpr", **L2, bias_l2=0.1),
+        LossSettings("softmax", **L2),
+        LossSettings("bce", similarity="cosine", temperature=0.5),
+    ],
+    ids=lambda loss: f"{loss.name} {loss.similarity}",
+)
+@pytest.mark.parametrize(
+    "negatives", [NegativeSettings(count=4), NegativeSettings(count=4, pool=12)], ids=["all", "hard"]
+)
+def test_every_loss(loss, negatives):
+    assert_equal_to_rounding(3, 2, loss=loss, negatives=negatives)
+
+
+def test_popularity():
+    loss, negatives = LossSettings("softmax", **L2), NegativeSettings("popularity", count=5)
+    assert_equal_to_rounding(3, 2, loss=loss, negatives=negatives)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dataflow", ["own", "shared"])
+def test_repeats_bit_for_bit_in_one_call_or_many(dataflow, threads):
+    options = {}
+    if dataflow == "shared":  # as compiled above
+        options = {"loss": LossSettings("softmax", **L2), "negatives": SHARED["mixed"]}
+    total, arrays = run("numba", 3, threads, **options)
     for calls in ((5,), (1, 3, 1)):
-        again, others = run(train_steps, 3, threads, calls=calls)
-        assert again == pytest.approx(bce, rel=1e-12)
+        again, others = run("numba", 3, threads, calls=calls, **options)
+        assert again == pytest.approx(total, rel=1e-12)
         assert all(one.equal(other) for one, other in zip(arrays, others, strict=True))
 
 
@@ -354,23 +166,30 @@ def in_new_process(script, **environment):
 
 
 def test_threads_are_those_of_torch_and_have_a_tile_each():
-    assert train_steps.thread_count(10_000) == 1
+    assert numba_cpu.thread_count(10_000) == 1
     torch.set_num_threads(7)
-    assert [train_steps.thread_count(size) for size in (1, 64, 65, 10_000)] == [1, 1, 2, 7]
+    assert [numba_cpu.thread_count(size) for size in (1, 64, 65, 10_000)] == [1, 1, 2, 7]
 
 
 CACHED = """
 import torch
 torch.set_num_threads(1)
-from tests.test_numba_backend import run, train_steps
-run(train_steps, 3)
-stats = train_steps._compiled(train_steps.Variant(4, True, True, True, True)).stats
+from tests.step.test_steps_numba import numba_cpu, run, variant
+run("numba", 3)
+stats = numba_cpu._compiled(variant(), "own", False).stats
 print(sum(stats.cache_hits.values()), sum(stats.cache_misses.values()))
 """
 
 
+def variant():
+    """That of a run with dim 3."""
+    negatives = Negatives(NegativeSettings(count=4), NUM_USERS, NUM_ITEMS, make_known())
+    return variant_of(make_tables(3), negatives, LossSettings(**L2))
+
+
 def test_compiled_code_is_found_again_by_another_process():
-    run(train_steps, 3)
+    assert variant() == Variant(4, True, True, True, True, "dot", "uniform", "bce")
+    run("numba", 3)
     assert in_new_process(CACHED) == ["1", "0"]
 
 
@@ -378,8 +197,8 @@ HASHED = """
 import hashlib
 import torch
 torch.set_num_threads(1)
-from tests.test_numba_backend import run, train_steps
-_, arrays = run(train_steps, 16, batch_size=4, calls=(70,), optimiser="lazy_adam")
+from tests.step.test_steps_numba import run
+_, arrays = run("numba", 16, batch_size=4, calls=(70,), optimiser="lazy_adam")
 print(hashlib.sha256(b"".join(array.numpy().tobytes() for array in arrays)).hexdigest())
 """
 

@@ -17,7 +17,6 @@ and hold the (B, N + 1) items and coefficients of a batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,7 +39,7 @@ from fasttower_kernels.step.segments_triton_gpu import CHUNK
 from fasttower_kernels.step.shared_negatives import triton_gpu as shared_negatives
 from fasttower_kernels.step.state import TrainState, steps_per_epoch
 from fasttower_kernels.tables import Interactions, Tables
-from fasttower_kernels.triton_launch import device_scope, signed_word
+from fasttower_kernels.triton_launch import Launch, device_scope, signed_word
 from fasttower_kernels.triton_tiles import warp_lanes
 
 STEPS_PER_GRAPH = 32
@@ -102,6 +101,7 @@ class Steps:
             PairBuffers.empty(self.batch_size, count, self.device) if settings.deterministic else None
         )
         self.lazy: LazyLaunches | None = None
+        self.batch: Launch | shared_negatives.SharedLaunches
         shared: dict[str, Any] = {
             "words": self.words,
             "counters": self.counters,
@@ -118,9 +118,7 @@ class Steps:
             block_size = settings.negatives.block_size
             programs = shared_negatives.num_programs(self.read.users, self.batch_size, block_size)
             self.losses = torch.empty(programs, dtype=torch.float64, device=self.device)
-            self.batch: Callable[[], None] = shared_negatives.shared_launches(
-                *arrays, losses=self.losses, **shared
-            )
+            self.batch = shared_negatives.shared_launches(*arrays, losses=self.losses, **shared)
         else:
             programs = own_negatives.num_programs(self.batch_size, width, warp_lanes())
             self.losses = torch.empty(programs, dtype=torch.float64, device=self.device)
