@@ -28,8 +28,16 @@ from fasttower_kernels.compiled import (
     uint64,
 )
 from fasttower_kernels.known_positives import KnownPositives
-from fasttower_kernels.membership import known_arrays, membership_of
-from fasttower_kernels.negatives.numba_cpu import TILE, count_free, draw_tile, redraw_touched
+from fasttower_kernels.negatives.membership_numba_cpu import Membership, membership_of
+from fasttower_kernels.negatives.numba_cpu import (
+    TILE,
+    TileDraws,
+    draw_ahead,
+    fetch_bits,
+    look_up,
+    redraw_touched,
+    tile_draws,
+)
 from fasttower_kernels.philox import Key
 from fasttower_kernels.sampled_bce.settings import LossSettings
 from fasttower_kernels.tables import Interactions, Tables
@@ -46,9 +54,6 @@ from fasttower_kernels.vector_rows import (
 
 CHUNK = 32
 """Negatives of a positive that are handled together, a multiple of 4."""
-
-PREFETCHED_WORDS = 256
-"""Words of a user's membership that are prefetched at most: of longer rows, few draws hit the same line."""
 
 _ROWS = 1 + CHUNK
 
@@ -98,6 +103,8 @@ def log1p_positive(x: float) -> float:
 def score_tile(
     x: Array,
     items: Array,
+    ahead: TileDraws,
+    ahead_count: int,
     users: Array,
     rows: Array,
     start: int,
@@ -105,20 +112,23 @@ def score_tile(
     begin: int,
     end: int,
     parameters: Any,
-    bits: Array,
-    words: int,
+    known: Membership,
     width: int,
     has_bias: bool,
     exclude: bool,
+    exact: bool,
 ) -> None:
-    """Write the logits of rows begin .. end - 1 of ``items`` to the same places of ``x``."""
+    """Write the logits of rows begin .. end - 1 of ``items`` to the same places of ``x``.
+
+    In between it asks for the bits of the draws to come.
+    """
     user_table, item_table, item_bias = parameters
     tile = uint64(TILE)
     for w in range(size):
-        if exclude:  # fetch what the next tile's draws are looked up in
-            upcoming = uint64(users[start + tile + w]) * words
-            for word in range(uint64(0), min(words, uint64(PREFETCHED_WORDS)), uint64(16)):
-                prefetch(bits, upcoming + word, 1)
+        if exclude:
+            fetch_bits(ahead, w, ahead_count, known, exact)
+            # Where the bits of the draws after those are.
+            prefetch(known.starts, uint64(2) * uint64(users[start + uint64(2) * tile + w]), 4)
         u = load_row(user_table, uint64(rows[start + w]), width)
         for k in range(begin, end):
             item = uint64(items[k * tile + w])
@@ -210,7 +220,7 @@ def add_batch(
     gradients: Any,
     batch: Array,
     size: int,
-    known: Any,
+    known: Membership,
     sampling: Any,
     step: int,
     scales: Any,
@@ -230,7 +240,7 @@ def add_batch(
         batch: (3, size + 2 * TILE), uint32: positions in the batch, users, items. What lies beyond ``size``
             is ignored, but the users there are valid: they are prefetched.
         size: uint64: how many positives.
-        known: bits, words, indptr and items of a `Membership`.
+        known: the membership.
         sampling: N as int64, I as uint64, two words of the key as uint32.
         step: t as uint32.
         scales: float32: 1 / divisor, and the factors of the L2 gradient of a user's and of an item's row.
@@ -241,103 +251,138 @@ def add_batch(
         has_l2: the same.
         gathered: whether row b of the user table belongs to position b of the batch, whoever the user is.
     """
-    num_negatives, num_items, k0, k1 = sampling
+    num_negatives = uint64(sampling[0])
     positions, users, positives = batch[0], batch[1], batch[2]
     rows = positions if gathered else users
     scale, user_l2, item_l2 = scales
-    bits, words, indptr, _ = known
-    tile = uint64(TILE)
+    tile, chunk = uint64(TILE), uint64(CHUNK)
 
-    items = np.empty((_ROWS + 3) * TILE, dtype=np.uint32)
+    draws, ahead = tile_draws(CHUNK), tile_draws(CHUNK)
     hits = np.empty(_ROWS * TILE, dtype=np.uint32)
-    drawn = np.empty(_ROWS * TILE, dtype=np.uint32)
+    words = np.empty(_ROWS * TILE, dtype=np.uint32)
     x = np.empty(_ROWS * TILE, dtype=np.float32)
     weight = np.empty(TILE, dtype=np.float32)
     bce = np.empty(TILE, dtype=np.float32)
     product = np.empty(TILE, dtype=np.float32)
-    free = np.empty(TILE, dtype=np.uint32)
 
     for i in range(len(x)):
         x[i] = float32(0)
     loss = 0.0
-    for start in range(uint64(0), size, tile):
+    # The chunk of a tile that begins at (start, first) is computed, and the next one's negatives are drawn.
+    start, first, count = uint64(0), uint64(0), min(chunk, num_negatives)
+    found = uint64(0)
+    if size:
+        draw_ahead(ahead, positions, users, start, first, count, sampling, step, known, exclude, exact)
+        found = look_up(
+            ahead,
+            hits,
+            words,
+            positions,
+            users,
+            start,
+            min(tile, size),
+            first,
+            count,
+            sampling,
+            step,
+            known,
+            exclude,
+            exact,
+        )
+    while start < size:
+        draws, ahead = ahead, draws
+        items = draws.items
         here = min(tile, size - start)
-        for w in range(tile):
-            weight[w] = scale if w < here else float32(0)
-            items[w] = positives[start + w]
-        if exclude:
-            count_free(free, users, start, here, num_items, indptr)
-            for w in range(here):
-                if free[w] == uint32(0):
-                    weight[w] = float32(0)
+        begin = uint64(0) if first == uint64(0) else uint64(1)  # row 0 is the positive's
+        end = uint64(1) + count
+        if first == uint64(0):
+            for w in range(tile):
+                has_negatives = not exclude or draws.free[w] != uint32(0)
+                weight[w] = scale if w < here and has_negatives else float32(0)
+                items[w] = positives[start + w]
+        redraw_touched(
+            draws, hits, found, words, positions, users, start, first, sampling, step, known, exact
+        )
 
-        first = uint64(0)
-        while True:
-            count = min(uint64(CHUNK), uint64(num_negatives) - first)
-            begin = uint64(0) if first == uint64(0) else uint64(1)  # row 0 is the positive's
-            end = uint64(1) + count
-            draw_tile(items, positions, start, first, count, num_items, k0, k1, step)
-            if exclude:
-                redraw_touched(
-                    items,
-                    positions,
-                    users,
-                    free,
-                    start,
-                    here,
-                    first,
-                    count,
-                    num_items,
-                    k0,
-                    k1,
-                    step,
-                    known,
-                    exact,
-                    hits,
-                    drawn,
-                )
+        next_start, next_first = start, first + chunk
+        if next_first >= num_negatives:
+            next_start, next_first = start + tile, uint64(0)
+        next_count = uint64(0)
+        if next_start < size:
+            next_count = min(chunk, num_negatives - next_first)
+            draw_ahead(
+                ahead,
+                positions,
+                users,
+                next_start,
+                next_first,
+                next_count,
+                sampling,
+                step,
+                known,
+                exclude,
+                exact,
+            )
 
-            score_tile(
+        score_tile(
+            x,
+            items,
+            ahead,
+            next_count,
+            users,
+            rows,
+            start,
+            here,
+            begin,
+            end,
+            parameters,
+            known,
+            width,
+            has_bias,
+            exclude,
+            exact,
+        )
+        bce_tile(x, weight, bce, product, begin, end)
+        for w in range(here):
+            if weight[w] != float32(0):
+                loss += bce[w]
+        if next_start < size:
+            next_size = min(tile, size - next_start)
+            found = look_up(
+                ahead,
+                hits,
+                words,
+                positions,
+                users,
+                next_start,
+                next_size,
+                next_first,
+                next_count,
+                sampling,
+                step,
+                known,
+                exclude,
+                exact,
+            )
+        if len(gradients[0]):
+            gradient_tile(
                 x,
                 items,
-                users,
                 rows,
                 start,
                 here,
                 begin,
                 end,
+                weight,
                 parameters,
-                bits,
-                words,
+                gradients,
+                user_l2,
+                item_l2,
                 width,
                 has_bias,
-                exclude,
+                has_l2,
             )
-            bce_tile(x, weight, bce, product, begin, end)
-            for w in range(here):
-                if weight[w] != float32(0):
-                    loss += bce[w]
-            if len(gradients[0]):
-                gradient_tile(
-                    x,
-                    items,
-                    rows,
-                    start,
-                    here,
-                    begin,
-                    end,
-                    weight,
-                    parameters,
-                    gradients,
-                    user_l2,
-                    item_l2,
-                    width,
-                    has_bias,
-                    has_l2,
-                )
-            first += uint64(CHUNK)
-            if first >= uint64(num_negatives):
-                break
+        start, first, count = next_start, next_first, next_count
     return loss
 
 
@@ -348,7 +393,7 @@ class Variant(NamedTuple):
         width: P, the padded width of a row.
         has_bias: whether items have a bias.
         exclude: whether negatives leave known positives out.
-        exact: whether a bit of the membership is the answer already.
+        exact: whether all rows of the membership are bitmaps.
         has_l2: whether there is an L2 term.
     """
 
@@ -365,7 +410,7 @@ def variant_of(parameters: Tables, known_positives: KnownPositives | None, setti
         parameters.users.shape[1],
         parameters.item_bias is not None,
         known_positives is not None,
-        known_positives is None or membership_of(known_positives).exact,
+        membership_of(known_positives)[1],
         settings.l2 != 0,
     )
 
@@ -387,7 +432,7 @@ def _compiled(variant: Variant, gathered: bool, sources: int = SOURCES) -> Any:
         user_index: Array,
         item_index: Array,
         first_position: int,
-        known: Any,
+        known: Membership,
         sampling: Any,
         step: int,
         loss: Any,
@@ -438,7 +483,7 @@ def _run(
         batch.user_index.numpy(),
         batch.item_index.numpy(),
         first_position,
-        known_arrays(known_positives),
+        membership_of(known_positives)[0],
         (settings.num_negatives, uint64(parameters.items.shape[0]), uint32(key[0]), uint32(key[1])),
         uint32(step),
         (settings.pairs, float(settings.l2)),

@@ -15,7 +15,7 @@ import numpy as np
 
 from fasttower_kernels.adam.numba_cpu import ROWS_A_WORD, catch_up_rows, touched_rows, update_rows
 from fasttower_kernels.compiled import OPTIONS, SOURCES, Array, entry_point, njit, uint32, uint64
-from fasttower_kernels.negatives.numba_cpu import TILE, count_free, draw_tile, redraw_touched
+from fasttower_kernels.negatives.numba_cpu import TILE, draw_negatives, tile_draws
 from fasttower_kernels.sampled_bce.numba_cpu import CHUNK, Variant, add_batch, scales_of
 from fasttower_kernels.tables import Tables
 from fasttower_kernels.threads import wait
@@ -39,44 +39,37 @@ def mark_rows(
     The arguments are those of `add_batch`, and the marks of `catch_up_rows`. Threads may mark at once: all
     of them write the same.
     """
-    num_negatives, num_items, k0, k1 = sampling
+    num_negatives = uint64(sampling[0])
     positions, users, positives = batch[0], batch[1], batch[2]
-    items = np.empty((1 + CHUNK + 3) * TILE, dtype=np.uint32)
+    draws = tile_draws(CHUNK)
     hits = np.empty((1 + CHUNK) * TILE, dtype=np.uint32)
-    drawn = np.empty((1 + CHUNK) * TILE, dtype=np.uint32)
-    free = np.empty(TILE, dtype=np.uint32)
+    words = np.empty((1 + CHUNK) * TILE, dtype=np.uint32)
     for start in range(uint64(0), size, uint64(TILE)):
         here = min(uint64(TILE), size - start)
         for w in range(here):
             touched_users[users[start + w]] = 1
             touched_items[positives[start + w]] = 1
-        if exclude:
-            count_free(free, users, start, here, num_items, known[2])
-        for first in range(uint64(0), uint64(num_negatives), uint64(CHUNK)):
-            count = min(uint64(CHUNK), uint64(num_negatives) - first)
-            draw_tile(items, positions, start, first, count, num_items, k0, k1, step)
-            if exclude:
-                redraw_touched(
-                    items,
-                    positions,
-                    users,
-                    free,
-                    start,
-                    here,
-                    first,
-                    count,
-                    num_items,
-                    k0,
-                    k1,
-                    step,
-                    known,
-                    exact,
-                    hits,
-                    drawn,
-                )
+        for first in range(uint64(0), num_negatives, uint64(CHUNK)):
+            count = min(uint64(CHUNK), num_negatives - first)
+            draw_negatives(
+                draws,
+                hits,
+                words,
+                positions,
+                users,
+                start,
+                here,
+                first,
+                count,
+                sampling,
+                step,
+                known,
+                exclude,
+                exact,
+            )
             for k in range(uint64(1), count + uint64(1)):
                 for w in range(here):
-                    touched_items[items[k * uint64(TILE) + w]] = 1
+                    touched_items[draws.items[k * uint64(TILE) + w]] = 1
 
 
 @njit(**OPTIONS)

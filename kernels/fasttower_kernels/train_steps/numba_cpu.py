@@ -31,7 +31,7 @@ from fasttower_kernels.compiled import (
 )
 from fasttower_kernels.errors import FastTowerError
 from fasttower_kernels.known_positives import KnownPositives
-from fasttower_kernels.membership import known_arrays
+from fasttower_kernels.negatives.membership_numba_cpu import membership_of
 from fasttower_kernels.negatives.numba_cpu import TILE
 from fasttower_kernels.philox import seed_key
 from fasttower_kernels.sampled_bce.numba_cpu import Variant, add_batch, scales_of, variant_of
@@ -178,7 +178,7 @@ def run_steps(
         flat_arrays(state.moments_2),
         interactions.user_index.numpy(),
         interactions.item_index.numpy(),
-        known_arrays(known_positives),
+        membership_of(known_positives)[0],
         (uint64(bits // 2), uint64(bits - bits // 2), keys),
         (settings.loss.num_negatives, uint64(num_items), uint32(k0), uint32(k1)),
         (settings.loss.pairs, float(settings.loss.l2)),
