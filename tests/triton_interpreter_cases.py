@@ -16,7 +16,7 @@ import triton.language as tl
 from test_shuffle import order
 from triton.runtime import interpreter
 
-from fasttower_kernels import membership_layout, triton_tiles
+from fasttower_kernels import membership, triton_tiles
 from fasttower_kernels.adam import lazy_triton_gpu as lazy_adam_triton
 from fasttower_kernels.adam import reference as adam_reference
 from fasttower_kernels.adam import triton_gpu as adam_triton
@@ -123,7 +123,7 @@ def known_positives():
 def use_filters(monkeypatch):
     """Users have filters, however large a part of the catalogue they know, and hits are searched for."""
     monkeypatch.setattr(negatives_triton, "BITMAP_LIMIT_BYTES", 0)
-    monkeypatch.setattr(membership_layout, "BITMAP_WORDS_PER_FILTER_WORD", 0)
+    monkeypatch.setattr(membership, "BITMAP_WORDS_PER_FILTER_WORD", 0)
 
 
 @pytest.fixture
@@ -277,7 +277,7 @@ def test_touched(monkeypatch, limit):
 
 def test_bits_are_set_in_parts(monkeypatch):
     known = known_positives()
-    layout = membership_layout.layout_of(known, 0)
+    layout = membership.layout_of(known, 0)
     whole = negatives_triton.build_bits(known, layout)
     assert bool(whole.any())
     monkeypatch.setattr(negatives_triton, "_PAIRS_AT_ONCE", 7)

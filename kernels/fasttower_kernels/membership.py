@@ -1,139 +1,102 @@
-"""Bits that answer "has the user touched the item?" on the CPU.
+"""Bits that answer "has the user touched the item?": how many each user has, and which of them are an item's.
 
-While users x items bits stay small, one bit a pair is the answer. Beyond that, each user has a fixed number
-of hashed bits: a bit that is off means no, a bit that is on leads to a binary search in the user's sorted
-row. Both answer the same.
+A user's row of 32-bit words is one of two kinds. A bitmap has a bit per item of the catalogue, and is the
+answer. A filter is hashed: its size is in proportion to the user's known positives, and an item has up to
+three bits of one of its words. Where one of them is off, the user has not touched the item; where all are on,
+a search in the user's sorted row tells. A user has a bitmap where it is at most four times as large as the
+filter; where the bitmaps of all users are small, all have one.
+
+These are the rules for every backend. With S the words of a user's row and W those of a bitmap:
+
+    bitmap, S = W:   word = item // 32
+                     mask = 1 << item % 32
+    filter, S < W:   h = item * 2654435761 mod 2**32
+                     word = h * S // 2**32
+                     rest = h * S mod 2**32
+                     mask = 1 << rest // 2**27  |  1 << rest // 2**22 % 32  |  1 << rest // 2**17 % 32
+
+What the sizes are for: of the draws that a step looks up, few should lead to a search, and their words are
+read from memory at random, so that a user's words should share few cache lines.
+
+Sources: D. E. Knuth, "The Art of Computer Programming", volume 3, section 6.4, for the multiplicative hash;
+D. Lemire, "Fast Random Integer Generation in an Interval" (2019), for its scaling to the row; F. Putze,
+P. Sanders and J. Singler, "Cache-, Hash- and Space-Efficient Bloom Filters" (2007), for bits of one word.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
+import torch
+from torch import Tensor
 
-from fasttower_kernels.compiled import OPTIONS, SOURCES, Array, empty, entry_point, njit, uint32, uint64
 from fasttower_kernels.known_positives import KnownPositives
-from fasttower_kernels.vector_rows import prefetch
 
-BITMAP_LIMIT_BYTES = 256 << 20
-"""Above this size the hashed bits save much memory and cost little: a step takes 7% longer at 463 MB."""
-
-PREFETCHED_WORDS = 256
-"""Words of a user's bits that are prefetched at most: of longer rows, few draws hit the same line."""
-
-FILTER_BITS = 2048
-"""Hashed bits a user."""
-
-_FILTER_WORDS = FILTER_BITS // 32
-_FILTER_SHIFT = 32 - FILTER_BITS.bit_length() + 1
+FILTER_BITS_PER_ITEM = 16
+BITMAP_WORDS_PER_FILTER_WORD = 4
+HASH_MULTIPLIER = 2654435761
+_LOW_WORD = 0xFFFFFFFF
 
 
 @dataclass(frozen=True)
-class Membership:
-    """The bits of all users, and the rows that they stand for.
+class Layout:
+    """Where each user's bits are.
 
     Attributes:
-        bits: (U * words,), uint32.
-        words: of a user.
-        exact: whether a bit that is on is the answer already.
-        indptr: (U + 1,), int64.
-        items: (nnz,), int32.
+        offsets: (U + 1,), int64: the words of user u are ``offsets[u]`` to ``offsets[u + 1] - 1``.
+        bitmap_words: W, the words of a bitmap: a row of fewer is a filter.
+        all_bitmaps: whether every row is a bitmap.
     """
 
-    bits: NDArray[np.uint32]
-    words: int
-    exact: bool
-    indptr: NDArray[np.int64]
-    items: NDArray[np.int32]
+    offsets: Tensor
+    bitmap_words: int
+    all_bitmaps: bool
+
+    @property
+    def num_words(self) -> int:
+        """The words of all users."""
+        return int(self.offsets[-1])
 
 
-def membership_of(known_positives: KnownPositives) -> Membership:
-    """The bits of some known positives on the CPU, built at the first call and kept with them."""
-    built = known_positives.__dict__.get("_membership")
-    if built is None:
-        built = build_membership(known_positives, BITMAP_LIMIT_BYTES)
-        known_positives.__dict__["_membership"] = built
-    return built
+def layout_of(known_positives: KnownPositives, bitmap_limit_bytes: int) -> Layout:
+    """Give each user a bitmap or a filter.
+
+    Args:
+        known_positives: on any device.
+        bitmap_limit_bytes: all users have bitmaps where these take at most so many bytes.
+
+    Returns:
+        The layout, on the same device.
+    """
+    degrees = known_positives.degrees
+    bitmap_words = -(-known_positives.num_items // 32)
+    all_bitmaps = 4 * bitmap_words * known_positives.num_users <= bitmap_limit_bytes
+    # A user without known positives has one word of zeros.
+    words = (degrees * FILTER_BITS_PER_ITEM + 31).div(32, rounding_mode="floor").clamp_(min=1)
+    words[(words * BITMAP_WORDS_PER_FILTER_WORD >= bitmap_words) | all_bitmaps] = bitmap_words
+    offsets = torch.zeros(len(degrees) + 1, dtype=torch.int64, device=degrees.device)
+    torch.cumsum(words, 0, out=offsets[1:])
+    return Layout(offsets, bitmap_words, all_bitmaps)
 
 
-def build_membership(known_positives: KnownPositives, limit_bytes: int) -> Membership:
-    """The bitmap where it takes at most so many bytes, else the hashed bits."""
-    words = -(-known_positives.num_items // 32)
-    exact = known_positives.num_users * words * 4 <= limit_bytes
-    if not exact:
-        words = _FILTER_WORDS
-    indptr, items = known_positives.indptr.numpy(), known_positives.items.numpy()
-    bits = np.zeros(known_positives.num_users * words, dtype=np.uint32)
-    _set_bits()(bits, words, exact, indptr, items)
-    return Membership(bits, words, exact, indptr, items)
+def place(layout: Layout, user_index: Tensor, item_index: Tensor) -> tuple[Tensor, Tensor]:
+    """Which word is an item's, among those of all users, and which of its bits.
 
+    Args:
+        layout: of the bits.
+        user_index: int64, any shape.
+        item_index: int64, broadcasts with ``user_index``.
 
-def known_arrays(known_positives: KnownPositives | None) -> tuple[Any, ...]:
-    """What compiled code takes of a membership: bits, words, indptr and items; empty arrays without one."""
-    if known_positives is None:
-        return empty(np.uint32), uint64(0), empty(np.int64), empty(np.int32)
-    membership = membership_of(known_positives)
-    return membership.bits, uint64(membership.words), membership.indptr, membership.items
-
-
-@njit(**OPTIONS)
-def _bit_index(item: int, exact: bool) -> int:
-    return item if exact else uint32(item * uint32(2654435761)) >> uint32(_FILTER_SHIFT)
-
-
-@lru_cache
-def _set_bits(sources: int = SOURCES) -> Callable[..., None]:
-    def run(bits: Array, words: int, exact: bool, indptr: Array, items: Array) -> None:
-        _ = sources
-        for user in range(len(indptr) - 1):
-            for p in range(indptr[user], indptr[user + 1]):
-                bit = _bit_index(uint32(items[p]), exact)
-                bits[user * words + (bit >> uint32(5))] |= uint32(1) << (bit & uint32(31))
-
-    return entry_point(run)
-
-
-@njit(**OPTIONS)
-def touched(user: int, item: int, bits: Array, words: int, exact: bool, indptr: Array, items: Array) -> bool:
-    """Whether a user (uint64) has touched an item (uint32)."""
-    bit = _bit_index(item, exact)
-    on = (bits[user * words + uint64(bit >> uint32(5))] >> (bit & uint32(31))) & uint32(1) != uint32(0)
-    if exact or not on:
-        return on
-    low, high = uint64(indptr[user]), uint64(indptr[user + uint64(1)])
-    end = high
-    while low < high:
-        middle = (low + high) >> uint64(1)
-        if uint32(items[middle]) < item:
-            low = middle + uint64(1)
-        else:
-            high = middle
-    return low < end and uint32(items[low]) == item
-
-
-@njit(**OPTIONS)
-def prefetch_bits(known: tuple[Array, ...], users: Array, start: int, size: int) -> None:
-    """Fetch what the draws of some users, ``users[start : start + size]``, are looked up in."""
-    bits, words, _, _ = known
-    for w in range(size):
-        row = uint64(users[start + w]) * words
-        for word in range(uint64(0), min(words, uint64(PREFETCHED_WORDS)), uint64(16)):
-            prefetch(bits, row + word, 1)
-
-
-@njit(**OPTIONS)
-def untouched(user: int, rank: int, indptr: Array, items: Array) -> int:
-    """The item (uint32) of that rank among those that the user (uint64) has not touched: the gap search."""
-    begin = uint64(indptr[user])
-    low, high = uint64(0), uint64(indptr[user + uint64(1)]) - begin
-    while low < high:
-        middle = (low + high) >> uint64(1)
-        if uint64(items[begin + middle]) - middle <= uint64(rank):
-            low = middle + uint64(1)
-        else:
-            high = middle
-    return uint32(uint64(rank) + low)
+    Returns:
+        Word and mask, int64, of the broadcast shape. The user may have touched the item where
+        ``bits[word] & mask == mask``, and has not where it differs.
+    """
+    first = layout.offsets[user_index]
+    words = layout.offsets[user_index + 1] - first
+    product = (item_index * HASH_MULTIPLIER & _LOW_WORD) * words
+    rest = product & _LOW_WORD
+    one = torch.ones_like(rest)
+    hashed = one << (rest >> 27) | one << (rest >> 22 & 31) | one << (rest >> 17 & 31)
+    is_bitmap = words == layout.bitmap_words
+    word = torch.where(is_bitmap, item_index >> 5, product >> 32)
+    return first + word, torch.where(is_bitmap, one << (item_index & 31), hashed)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fasttower_kernels.membership_layout import HASH_MULTIPLIER
+from fasttower_kernels.membership import HASH_MULTIPLIER
 
 _HASH_MULTIPLIER = tl.constexpr(HASH_MULTIPLIER)
 

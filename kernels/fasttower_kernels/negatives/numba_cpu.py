@@ -2,6 +2,9 @@
 
 The first draws of the tile are vectorised over its positives. Those that hit a known positive are gathered
 and drawn again together, attempt by attempt, so the redraws vectorise too.
+
+A large membership is read from memory, so the rule has three parts: the training step asks for what the next
+part will read, and computes in between. `draw_negatives` is all of them.
 """
 
 from __future__ import annotations
@@ -26,17 +29,47 @@ from fasttower_kernels.compiled import (
     uint64,
 )
 from fasttower_kernels.known_positives import KnownPositives
-from fasttower_kernels.membership import known_arrays, membership_of, touched, untouched
+from fasttower_kernels.negatives.membership_numba_cpu import (
+    Membership,
+    bits_row,
+    items_row,
+    membership_of,
+    place,
+    row_contains,
+    untouched,
+)
 from fasttower_kernels.negatives.popularity import Popularity
 from fasttower_kernels.negatives.reference import ATTEMPTS
 from fasttower_kernels.philox import Key
 from fasttower_kernels.philox.numba_cpu import below, philox4x32
+from fasttower_kernels.vector_rows import prefetch
 
 TILE = 64
 """Positives that are handled together: some vector registers of them; all buffers stay in the L1 cache."""
 
 
-class Draws(NamedTuple):
+class TileDraws(NamedTuple):
+    """The draws of a tile of positives, and where the bits are that they are looked up in.
+
+    Draw k of positive w has slot (1 + k - first) * TILE + w of the first three arrays, where ``first`` is the
+    first of the draws that are handled together.
+
+    Attributes:
+        items: (rows * TILE,), uint32; row 0 is for the positives.
+        words: (rows * TILE,), uint32: in the user's row; not used where all rows are bitmaps.
+        masks: the same.
+        rows: (TILE,), uint64: the first words of the users' rows.
+        free: (TILE,), uint32: how many items each user has not touched; with 0 the draws stay.
+    """
+
+    items: Array
+    words: Array
+    masks: Array
+    rows: Array
+    free: Array
+
+
+class Sampling(NamedTuple):
     """Where draws come from.
 
     Attributes:
@@ -62,32 +95,52 @@ class Draws(NamedTuple):
     log_free_mass: Array
 
 
-def draws_of(num_negatives: int, num_items: int, key: Key, popularity: Popularity | None = None) -> Draws:
+def sampling_of(
+    num_negatives: int, num_items: int, key: Key, popularity: Popularity | None = None
+) -> Sampling:
     """What compiled code takes of the settings of the draws."""
     words, table = 1, (empty(np.uint32), empty(np.int32), empty(np.float32), empty(np.float32))
     if popularity is not None:
         threshold, *others = (array.numpy() for array in vars(popularity).values())
         words, table = 2, (threshold.view(np.uint32), *others)
     k0, k1 = key
-    return Draws(num_negatives, uint64(num_items), uint32(k0), uint32(k1), uint32(words), *table)
+    return Sampling(num_negatives, uint64(num_items), uint32(k0), uint32(k1), uint32(words), *table)
+
+
+@njit(**OPTIONS)
+def tile_draws(count: int) -> TileDraws:
+    """Room for so many negatives of each positive, and the three more that `draw_tile` may write."""
+    slots = (4 + count) * TILE
+    return TileDraws(
+        np.empty(slots, np.uint32),
+        np.empty(slots, np.uint32),
+        np.empty(slots, np.uint32),
+        np.empty(TILE, np.uint64),
+        np.empty(TILE, np.uint32),
+    )
 
 
 def draw_tile(proposal: str) -> Callable[..., None]:
-    """Of a literal name, ``(items, positions, start, first, count, draws, step)``: attempt 0 of a tile.
+    """Of a literal name, ``(items, positions, start, first, count, sampling, step)``: attempt 0 of a tile.
 
-    Draws negatives first .. first + count - 1 of each positive.
-
-    ``items`` (rows * TILE,), uint32: draw k of positive w goes to ``items[(1 + k - first) * TILE + w]``;
-    there are at least 1 + count rounded up to a multiple of 4 rows. ``positions`` (B,), uint32: in the batch.
-    ``start`` uint64: where the tile begins in it. ``first`` uint64, a multiple of 4. ``count`` uint64.
-    ``draws``: of `draws_of`. ``step`` uint32.
+    Draws negatives first .. first + count - 1 of each positive. ``items``: of `TileDraws`. ``positions``
+    (B,), uint32: positions in the batch. ``start`` uint64: where the tile begins in it. ``first`` uint64, a
+    multiple of 4. ``count`` uint64. ``sampling``: of `sampling_of`. ``step`` uint32.
     """
     raise NotImplementedError  # compiled code only
 
 
-def draw_again(proposal: str) -> Callable[..., int]:
-    """Of a literal name, ``(position, k, step, attempt, draws)``: negative k at an attempt, uint32."""
+def drawn_item(proposal: str) -> Callable[..., int]:
+    """Of a literal name, ``(position, k, step, attempt, sampling)``: negative k at an attempt, uint32."""
     raise NotImplementedError  # compiled code only
+
+
+@njit(**OPTIONS)
+def _word(sampling: Any, position: int, k: int, step: int, attempt: int) -> int:
+    """Word k of a position's stream: lane k % 4 of its counter."""
+    w0, w1, w2, w3 = philox4x32(sampling.k0, sampling.k1, position, k >> uint32(2), step, attempt)
+    lane = k & uint32(3)
+    return (w0 if lane == uint32(0) else w1) if lane < uint32(2) else (w2 if lane == uint32(2) else w3)
 
 
 @njit(**OPTIONS)
@@ -98,9 +151,9 @@ def _by_alias(word: int, side: int, num_items: int, threshold: Array, alias: Arr
 
 @njit(**OPTIONS)
 def _uniform_tile(
-    items: Array, positions: Array, start: int, first: int, count: int, draws: Any, step: int
+    items: Array, positions: Array, start: int, first: int, count: int, sampling: Any, step: int
 ) -> None:
-    k0, k1, num_items = draws.k0, draws.k1, draws.num_items
+    k0, k1, num_items = sampling.k0, sampling.k1, sampling.num_items
     for quad in range((count + uint64(3)) >> uint64(2)):
         counter = uint32((first >> uint64(2)) + quad)
         row = (uint64(1) + uint64(4) * quad) * uint64(TILE)
@@ -114,161 +167,361 @@ def _uniform_tile(
 
 @njit(**OPTIONS)
 def _popularity_tile(
-    items: Array, positions: Array, start: int, first: int, count: int, draws: Any, step: int
+    items: Array, positions: Array, start: int, first: int, count: int, sampling: Any, step: int
 ) -> None:
-    k0, k1, num_items = draws.k0, draws.k1, draws.num_items
+    k0, k1, num_items = sampling.k0, sampling.k1, sampling.num_items
     for pair in range((count + uint64(1)) >> uint64(1)):
         counter = uint32((first >> uint64(1)) + pair)
         row = (uint64(1) + uint64(2) * pair) * uint64(TILE)
         for w in range(uint64(TILE)):
             w0, w1, w2, w3 = philox4x32(k0, k1, positions[start + w], counter, step, uint32(0))
-            items[row + w] = _by_alias(w0, w1, num_items, draws.threshold, draws.alias)
-            items[row + w + uint64(TILE)] = _by_alias(w2, w3, num_items, draws.threshold, draws.alias)
+            items[row + w] = _by_alias(w0, w1, num_items, sampling.threshold, sampling.alias)
+            items[row + w + uint64(TILE)] = _by_alias(w2, w3, num_items, sampling.threshold, sampling.alias)
 
 
 @njit(**OPTIONS)
-def _uniform_again(position: int, k: int, step: int, attempt: int, draws: Any) -> int:
-    return below(_word(draws.k0, draws.k1, position, k, step, attempt), draws.num_items)
+def _uniform_item(position: int, k: int, step: int, attempt: int, sampling: Any) -> int:
+    return below(_word(sampling, position, k, step, attempt), sampling.num_items)
 
 
 @njit(**OPTIONS)
-def _popularity_again(position: int, k: int, step: int, attempt: int, draws: Any) -> int:
+def _popularity_item(position: int, k: int, step: int, attempt: int, sampling: Any) -> int:
     first = k << uint32(1)
-    word = _word(draws.k0, draws.k1, position, first, step, attempt)
-    side = _word(draws.k0, draws.k1, position, first | uint32(1), step, attempt)
-    return _by_alias(word, side, draws.num_items, draws.threshold, draws.alias)
+    word = _word(sampling, position, first, step, attempt)
+    side = _word(sampling, position, first | uint32(1), step, attempt)
+    return _by_alias(word, side, sampling.num_items, sampling.threshold, sampling.alias)
 
 
 chosen(draw_tile, {"uniform": _uniform_tile, "popularity": _popularity_tile}.__getitem__)
-chosen(draw_again, {"uniform": _uniform_again, "popularity": _popularity_again}.__getitem__)
+chosen(drawn_item, {"uniform": _uniform_item, "popularity": _popularity_item}.__getitem__)
+
+
+@njit(**OPTIONS)
+def locate_bits(
+    draws: TileDraws, users: Array, start: int, count: int, num_items: int, known: Membership, exact: bool
+) -> None:
+    """Write what a tile's draws have to be looked up in.
+
+    Args:
+        draws: its items as `draw_tile` left them; the other fields are written.
+        users: (B,), uint32.
+        start: as in `draw_tile`.
+        count: as in `draw_tile`.
+        num_items: uint64.
+        known: the membership.
+        exact: whether all its rows are bitmaps.
+    """
+    sizes = np.empty(TILE, np.uint64)
+    for w in range(uint64(TILE)):
+        user = uint64(users[start + w])
+        draws.rows[w], sizes[w] = bits_row(user, known.starts)
+        begin, end = items_row(user, known.starts)
+        draws.free[w] = uint32(num_items - (end - begin))
+    if exact:  # a word and a mask are quickly had from the item
+        return
+    for k in range(uint64(1), count + uint64(1)):
+        for w in range(uint64(TILE)):
+            slot = k * uint64(TILE) + w
+            is_bitmap = sizes[w] == known.bitmap_words
+            draws.words[slot], draws.masks[slot] = place(draws.items[slot], sizes[w], is_bitmap)
+
+
+@njit(**OPTIONS)
+def _located(draws: TileDraws, slot: int, exact: bool) -> tuple[int, int]:
+    """The word in the user's row, and the mask, of a draw."""
+    if exact:
+        return place(draws.items[slot], uint64(0), exact)
+    return draws.words[slot], draws.masks[slot]
+
+
+@njit(**OPTIONS)
+def fetch_bits(draws: TileDraws, w: int, count: int, known: Membership, exact: bool) -> None:
+    """Ask for the words that the draws of positive w are looked up in."""
+    for k in range(uint64(1), count + uint64(1)):
+        word, _ = _located(draws, k * uint64(TILE) + w, exact)
+        prefetch(known.bits, draws.rows[w] + uint64(word), 1)
+
+
+@njit(**OPTIONS)
+def find_hits(draws: TileDraws, size: int, count: int, known: Membership, exact: bool, hits: Array) -> int:
+    """Gather the slots of a tile's draws whose bits are on; return how many there are.
+
+    The draws of users who have touched every item stay out.
+    """
+    found = uint64(0)
+    for w in range(size):
+        if draws.free[w] == uint32(0):
+            continue
+        for k in range(uint64(1), count + uint64(1)):
+            slot = k * uint64(TILE) + w
+            word, mask = _located(draws, slot, exact)
+            hits[found] = uint32(slot)
+            found += uint64(known.bits[draws.rows[w] + uint64(word)] & mask == mask)
+    return found
+
+
+@njit(**OPTIONS)
+def draw_again(
+    proposal: str,
+    hits: Array,
+    count: int,
+    drawn: Array,
+    positions: Array,
+    start: int,
+    first: int,
+    sampling: Any,
+    step: int,
+    attempt: int,
+) -> None:
+    """Write what another attempt draws: items, or at the last attempt the words that give ranks.
+
+    Args:
+        proposal: as in `draw_tile`.
+        hits: (rows * TILE,), uint32: the slots of the draws to replace.
+        count: uint64, how many there are.
+        drawn: (rows * TILE,), uint32, out: for each of them.
+        positions: (B,), uint32.
+        start: as in `draw_tile`.
+        first: as in `draw_tile`.
+        sampling: as in `draw_tile`.
+        step: uint32.
+        attempt: uint32.
+    """
+    base = uint32(first) - uint32(1)  # of a slot's negative, with its row in the tile
+    if attempt == uint32(ATTEMPTS):
+        for i in range(count):
+            position = positions[start + uint64(hits[i] & uint32(TILE - 1))]
+            k = uint32(base + hits[i] // uint32(TILE))
+            drawn[i] = _word(sampling, position, k * sampling.words, step, attempt)
+        return
+    for i in range(count):
+        position = positions[start + uint64(hits[i] & uint32(TILE - 1))]
+        k = uint32(base + hits[i] // uint32(TILE))
+        drawn[i] = drawn_item(proposal)(position, k, step, attempt, sampling)
+
+
+@njit(**OPTIONS)
+def fetch_hits(
+    hits: Array,
+    count: int,
+    drawn: Array,
+    users: Array,
+    start: int,
+    known: Membership,
+    exact: bool,
+) -> None:
+    """Ask for what `redraw_touched` will read: rows to search in, and the bits of the draws after these."""
+    for i in range(count):
+        user = uint64(users[start + uint64(hits[i] & uint32(TILE - 1))])
+        row, size = bits_row(user, known.starts)
+        word, _ = place(drawn[i], size, exact or size == known.bitmap_words)
+        prefetch(known.bits, row + uint64(word), 1)
+        if not exact:
+            begin, end = items_row(user, known.starts)
+            quarter = (end - begin) >> uint64(2)
+            for part in range(uint64(1), uint64(4)):
+                prefetch(known.items, begin + part * quarter, 1)
+
+
+@njit(**OPTIONS)
+def draw_ahead(
+    proposal: str,
+    draws: TileDraws,
+    positions: Array,
+    users: Array,
+    start: int,
+    first: int,
+    count: int,
+    sampling: Any,
+    step: int,
+    known: Membership,
+    exclude: bool,
+    exact: bool,
+) -> None:
+    """The first part of the rule: attempt 0, and where to look it up."""
+    draw_tile(proposal)(draws.items, positions, start, first, count, sampling, step)
+    if exclude:
+        locate_bits(draws, users, start, count, sampling.num_items, known, exact)
+
+
+@njit(**OPTIONS)
+def look_up(
+    proposal: str,
+    draws: TileDraws,
+    hits: Array,
+    drawn: Array,
+    positions: Array,
+    users: Array,
+    start: int,
+    size: int,
+    first: int,
+    count: int,
+    sampling: Any,
+    step: int,
+    known: Membership,
+    exclude: bool,
+    exact: bool,
+) -> int:
+    """The second part: gather the draws whose bits are on, and draw for them again.
+
+    Args:
+        proposal: as in `draw_tile`.
+        draws: of `draw_ahead`.
+        hits: (rows * TILE,), uint32, out: the slots of these draws.
+        drawn: (rows * TILE,), uint32, out: for each of them the item of attempt 1.
+        positions: (B,), uint32.
+        users: (B,), uint32.
+        start: uint64: where the tile begins in both.
+        size: uint64: positives in the tile.
+        first: as in `draw_tile`.
+        count: as in `draw_tile`.
+        sampling: as in `draw_tile`.
+        step: uint32.
+        known: the membership.
+        exclude: whether known positives are left out.
+        exact: whether all rows of the membership are bitmaps.
+
+    Returns:
+        How many there are, uint64.
+    """
+    found = uint64(0)
+    if exclude:
+        found = find_hits(draws, size, count, known, exact, hits)
+        draw_again(proposal, hits, found, drawn, positions, start, first, sampling, step, uint32(1))
+        fetch_hits(hits, found, drawn, users, start, known, exact)
+    return found
 
 
 @njit(**OPTIONS)
 def redraw_touched(
     proposal: str,
-    items: Array,
+    draws: TileDraws,
+    hits: Array,
+    count: int,
+    drawn: Array,
     positions: Array,
     users: Array,
-    free: Array,
+    start: int,
+    first: int,
+    sampling: Any,
+    step: int,
+    known: Membership,
+    exact: bool,
+) -> int:
+    """The last part of the rule: replace the draws that are known positives.
+
+    The arguments are those of `look_up`, and ``count`` is what it returned. Hits and drawn are scratch.
+
+    Returns:
+        How many were found by their rank among the untouched items, uint64; ``hits`` begins with their slots.
+    """
+    attempt = uint32(1)
+    while count:
+        if not exact:  # a filter's bits may be others'
+            left = uint64(0)
+            for i in range(count):
+                slot = hits[i]
+                user = uint64(users[start + uint64(slot & uint32(TILE - 1))])
+                _, size = bits_row(user, known.starts)
+                begin, end = items_row(user, known.starts)
+                hits[left] = slot
+                drawn[left] = drawn[i]
+                is_touched = size == known.bitmap_words
+                is_touched = is_touched or row_contains(begin, end, draws.items[slot], known.items)
+                left += uint64(is_touched)
+            count = left
+        if attempt == uint32(ATTEMPTS):
+            for i in range(count):
+                w = uint64(hits[i] & uint32(TILE - 1))
+                rank = below(drawn[i], uint64(draws.free[w]))
+                draws.items[hits[i]] = untouched(uint64(users[start + w]), rank, known)
+            return count
+        left = uint64(0)
+        for i in range(count):
+            slot = hits[i]
+            item = drawn[i]
+            row, size = bits_row(uint64(users[start + uint64(slot & uint32(TILE - 1))]), known.starts)
+            word, mask = place(item, size, exact or size == known.bitmap_words)
+            draws.items[slot] = item
+            hits[left] = slot
+            left += uint64(known.bits[row + uint64(word)] & mask == mask)
+        count = left
+        attempt = uint32(attempt + uint32(1))
+        draw_again(proposal, hits, count, drawn, positions, start, first, sampling, step, attempt)
+    return uint64(0)
+
+
+@njit(**OPTIONS)
+def draw_negatives(
+    proposal: str,
+    draws: TileDraws,
+    hits: Array,
+    drawn: Array,
+    positions: Array,
+    users: Array,
     start: int,
     size: int,
     first: int,
     count: int,
-    draws: Draws,
+    sampling: Any,
     step: int,
-    known: Any,
+    known: Membership,
+    exclude: bool,
     exact: bool,
-    hits: Array,
-    drawn: Array,
-) -> int:
-    """Replace the draws that are known positives, by the rule.
-
-    Args:
-        proposal: as in `draw_tile`.
-        items: as `draw_tile` left it.
-        positions: (B,), uint32.
-        users: (B,), uint32.
-        free: (TILE,), uint32: how many items each user has not touched; with 0 the draws stay.
-        start: uint64: where the tile begins in both.
-        size: uint64: positives in the tile.
-        first: as in `draw_tile`.
-        count: as in `draw_tile`.
-        draws: as in `draw_tile`.
-        step: uint32.
-        known: bits, words, indptr and items of a `Membership`.
-        exact: bool, its field.
-        hits: (rows * TILE,), uint32, scratch.
-        drawn: (rows * TILE,), uint32, scratch.
-
-    Returns:
-        uint64: how many were found by their rank among the untouched items; ``hits`` begins with their slots.
-    """
-    bits, words, indptr, rows = known
-    waiting = uint64(0)
-    for w in range(size):
-        if free[w] == uint32(0):
-            continue
-        user = uint64(users[start + w])
-        for k in range(uint64(1), count + uint64(1)):
-            slot = k * uint64(TILE) + w
-            hits[waiting] = uint32(slot)
-            waiting += uint64(touched(user, items[slot], bits, words, exact, indptr, rows))
-    base = uint32(first) - uint32(1)  # of a slot's negative, with its row in the tile
-    attempt = uint32(1)
-    while waiting and attempt < uint32(ATTEMPTS):
-        for i in range(waiting):
-            w = uint64(hits[i] & uint32(TILE - 1))
-            k = uint32(base + hits[i] // uint32(TILE))
-            drawn[i] = draw_again(proposal)(positions[start + w], k, step, attempt, draws)
-        left_over = uint64(0)
-        for i in range(waiting):
-            slot = hits[i]
-            items[slot] = drawn[i]
-            hits[left_over] = slot
-            user = uint64(users[start + (slot & uint32(TILE - 1))])
-            left_over += uint64(touched(user, drawn[i], bits, words, exact, indptr, rows))
-        waiting = left_over
-        attempt = uint32(attempt + uint32(1))
-    for i in range(waiting):
-        slot = hits[i]
-        w = uint64(slot & uint32(TILE - 1))
-        k = uint32(base + slot // uint32(TILE))
-        word = _word(draws.k0, draws.k1, positions[start + w], k * draws.words, step, uint32(ATTEMPTS))
-        items[slot] = untouched(uint64(users[start + w]), below(word, uint64(free[w])), indptr, rows)
-    return waiting
-
-
-@njit(**OPTIONS)
-def _word(k0: int, k1: int, position: int, k: int, step: int, attempt: int) -> int:
-    """Word k of a position's stream: lane k % 4 of its counter."""
-    w0, w1, w2, w3 = philox4x32(k0, k1, position, k >> uint32(2), step, attempt)
-    lane = k & uint32(3)
-    return (w0 if lane == uint32(0) else w1) if lane < uint32(2) else (w2 if lane == uint32(2) else w3)
-
-
-@njit(**OPTIONS)
-def count_free(free: Array, users: Array, start: int, size: int, num_items: int, known: Any) -> None:
-    """Write how many items each user of a tile has not touched; ``known`` is of `known_arrays`."""
-    indptr = known[2]
-    for w in range(size):
-        user = uint64(users[start + w])
-        free[w] = uint32(num_items - uint64(indptr[user + uint64(1)] - indptr[user]))
+) -> None:
+    """The three parts of the rule, one after another; the arguments are those of `look_up`."""
+    draw_ahead(proposal, draws, positions, users, start, first, count, sampling, step, known, exclude, exact)
+    found = look_up(
+        proposal,
+        draws,
+        hits,
+        drawn,
+        positions,
+        users,
+        start,
+        size,
+        first,
+        count,
+        sampling,
+        step,
+        known,
+        exclude,
+        exact,
+    )
+    redraw_touched(
+        proposal, draws, hits, found, drawn, positions, users, start, first, sampling, step, known, exact
+    )
 
 
 @lru_cache
 def _compiled(proposal: str, exclude: bool, exact: bool, sources: int = SOURCES) -> Any:
-    def run(positions: Array, users: Array, draws: Any, step: int, known: Any, out: Array) -> None:
+    def run(positions: Array, users: Array, sampling: Any, step: int, known: Membership, out: Array) -> None:
         _ = sources
         num_negatives = uint64(out.shape[1])
-        rows = (uint64(4) + num_negatives) * uint64(TILE)
-        items, hits, drawn = np.empty(rows, np.uint32), np.empty(rows, np.uint32), np.empty(rows, np.uint32)
-        free = np.empty(TILE, np.uint32)
+        draws = tile_draws(out.shape[1])
+        hits, drawn = np.empty(len(draws.items), np.uint32), np.empty(len(draws.items), np.uint32)
         for start in range(uint64(0), uint64(len(out)), uint64(TILE)):
             size = min(uint64(TILE), uint64(len(out)) - start)
-            first = uint64(0)
-            draw_tile(proposal)(items, positions, start, first, num_negatives, draws, step)
-            if exclude:
-                count_free(free, users, start, size, draws.num_items, known)
-                redraw_touched(
-                    proposal,
-                    items,
-                    positions,
-                    users,
-                    free,
-                    start,
-                    size,
-                    first,
-                    num_negatives,
-                    draws,
-                    step,
-                    known,
-                    exact,
-                    hits,
-                    drawn,
-                )
+            draw_negatives(
+                proposal,
+                draws,
+                hits,
+                drawn,
+                positions,
+                users,
+                start,
+                size,
+                uint64(0),
+                num_negatives,
+                sampling,
+                step,
+                known,
+                exclude,
+                exact,
+            )
             for w in range(size):
                 for k in range(num_negatives):
-                    out[start + w, k] = items[(k + uint64(1)) * uint64(TILE) + w]
+                    out[start + w, k] = draws.items[(k + uint64(1)) * uint64(TILE) + w]
 
     return entry_point(run)
 
@@ -284,19 +537,19 @@ def sample_negatives(
     popularity: Popularity | None = None,
     first_position: int = 0,
 ) -> Tensor:
-    """Only the draws, as the training step makes them. See the reference's `sample_negatives`."""
+    """The draws alone, as the training step makes them. See the reference's `sample_negatives`."""
     size = len(user_index)
     users = np.zeros(size + TILE, dtype=np.uint32)
     users[:size] = user_index.numpy()
     out = np.empty((size, num_negatives), dtype=np.int64)
-    exact = known_positives is None or membership_of(known_positives).exact
+    membership, exact = membership_of(known_positives)
     proposal = "uniform" if popularity is None else "popularity"
     _compiled(proposal, known_positives is not None, exact)(
         np.arange(first_position, first_position + size + TILE).astype(np.uint32),
         users,
-        draws_of(num_negatives, num_items, key, popularity),
+        sampling_of(num_negatives, num_items, key, popularity),
         uint32(step),
-        known_arrays(known_positives),
+        membership,
         out,
     )
     return torch.from_numpy(out)

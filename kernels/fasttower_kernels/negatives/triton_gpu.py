@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fasttower_kernels.known_positives import KnownPositives
-from fasttower_kernels.membership_layout import Layout, layout_of, place
+from fasttower_kernels.membership import Layout, layout_of, place
 from fasttower_kernels.negatives.membership_triton_gpu import any_of, exclusion_rows, touched, untouched
 from fasttower_kernels.negatives.reference import ATTEMPTS
 from fasttower_kernels.philox import Key

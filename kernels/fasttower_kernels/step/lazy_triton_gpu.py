@@ -190,8 +190,9 @@ def lazy_update_kernel(
             BLOCK_B,
             SHUFFLE=True,
         )
-        # Of a tile to claim rows with, a thread has one element, or a few.
-        COLUMNS: tl.constexpr = 4 if BLOCK_D < 16 else BLOCK_D // 4
+        # Of a tile to claim rows with, a thread has one element, or a few in small rows. More would cost a
+        # register for each, and for each number that is derived from them.
+        COLUMNS: tl.constexpr = 4 if BLOCK_D < 16 else (BLOCK_D // 4 if BLOCK_D < 128 else 32)
         column = tl.arange(0, COLUMNS)[None, :]
         if user_stamps_ptr is not None:
             if program < blocks:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from fasttower_kernels.membership import membership_of
+from fasttower_kernels.negatives.membership_numba_cpu import membership_of
 from fasttower_kernels.negatives.proposal import Negatives
 from fasttower_kernels.settings import LossSettings
 from fasttower_kernels.tables import Tables
@@ -41,7 +41,7 @@ def variant_of(parameters: Tables, negatives: Negatives, loss: LossSettings) -> 
         parameters.users.shape[1],
         parameters.item_bias is not None,
         known is not None,
-        known is None or membership_of(known).exact,
+        negatives.settings.is_shared or membership_of(known)[1],
         loss.has_l2,
         loss.similarity,
         negatives.settings.proposal,

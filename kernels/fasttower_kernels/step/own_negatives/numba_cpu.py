@@ -29,13 +29,20 @@ from fasttower_kernels.compiled import (
 )
 from fasttower_kernels.losses.numba_cpu import NORMALISED, TILE, accumulate, begin_tile, new_tile, slopes
 from fasttower_kernels.losses.scales_numba_cpu import factors_of, scales_of
-from fasttower_kernels.membership import known_arrays, prefetch_bits
-from fasttower_kernels.negatives.numba_cpu import Draws, count_free, draw_tile, draws_of, redraw_touched
+from fasttower_kernels.negatives.membership_numba_cpu import Membership, membership_of
+from fasttower_kernels.negatives.numba_cpu import (
+    Sampling,
+    draw_ahead,
+    look_up,
+    redraw_touched,
+    sampling_of,
+    tile_draws,
+)
 from fasttower_kernels.negatives.proposal import Negatives
 from fasttower_kernels.philox import Key
 from fasttower_kernels.settings import LossSettings
 from fasttower_kernels.step.own_negatives.hard_numba_cpu import keep_largest
-from fasttower_kernels.step.own_negatives.tile_numba_cpu import gradient_tile, score_tile
+from fasttower_kernels.step.own_negatives.tile_numba_cpu import Ahead, gradient_tile, score_tile
 from fasttower_kernels.step.variant_numba_cpu import Variant, variant_of
 from fasttower_kernels.tables import Interactions, Tables
 
@@ -43,18 +50,18 @@ CHUNK = 32
 """Negatives of a positive that are handled together, a multiple of 4."""
 
 
-class Sampling(NamedTuple):
+class Candidates(NamedTuple):
     """What a step is told of its negatives and its loss besides the variant.
 
     Attributes:
-        draws: as many for each positive as are scored.
+        sampling: of the draws, as many for each positive as are scored.
         kept: N, those with the largest logits, int64; all that are drawn where there is no pool.
         chunk: uint64: negatives that are handled together, a multiple of 4: all of them where some are kept.
         temperature: of cosine similarity, float32.
         calibration: of gbce, float32; 0 for other losses.
     """
 
-    draws: Draws
+    sampling: Sampling
     kept: int
     chunk: int
     temperature: float
@@ -70,27 +77,27 @@ def _subtract_log_q(
     start: int,
     size: int,
     count: int,
-    draws: Any,
+    sampling: Any,
     hits: Array,
     by_rank: int,
     popularity: bool,
 ) -> None:
     """Take log q off the logits of a chunk's negatives; see `log_expected` of the reference."""
     tile = uint64(TILE)
-    log_count = np.log(float32(draws.count))
+    log_count = np.log(float32(sampling.count))
     for w in range(size):
         uniform = log_count - np.log(float32(max(free[w], uint32(1))))
-        other = log_count - draws.log_free_mass[uint64(users[start + w])] if popularity else float32(0)
+        other = log_count - sampling.log_free_mass[uint64(users[start + w])] if popularity else float32(0)
         for k in range(uint64(1), count + uint64(1)):
             slot = k * tile + w
-            x[slot] -= other + draws.log_p[uint64(items[slot])] if popularity else uniform
+            x[slot] -= other + sampling.log_p[uint64(items[slot])] if popularity else uniform
     if popularity:
         for i in range(by_rank):
             slot = uint64(hits[i])
             w = slot & uint64(TILE - 1)
-            other = log_count - draws.log_free_mass[uint64(users[start + w])]
+            other = log_count - sampling.log_free_mass[uint64(users[start + w])]
             uniform = log_count - np.log(float32(free[w]))
-            x[slot] += other + draws.log_p[uint64(items[slot])] - uniform
+            x[slot] += other + sampling.log_p[uint64(items[slot])] - uniform
 
 
 # Its branches are the seams, chosen when it is compiled; cut up, each part would take a dozen arrays.
@@ -100,8 +107,8 @@ def add_batch(
     gradients: Any,
     batch: Array,
     size: int,
-    known: Any,
-    sampling: Any,
+    known: Membership,
+    candidates: Any,
     step: int,
     scales: Any,
     width: int,
@@ -124,8 +131,8 @@ def add_batch(
         batch: (3, size + 2 * TILE), uint32: positions in the batch, users, items. What lies beyond ``size``
             is ignored, but the users there are valid: they are prefetched.
         size: uint64: how many positives.
-        known: of `known_arrays`.
-        sampling: a `Sampling`.
+        known: the membership.
+        candidates: a `Candidates`.
         step: t as uint32.
         scales: of `scales_of`.
         width: of a `Variant`; this one and the next are literals.
@@ -139,143 +146,199 @@ def add_batch(
         normalised: whether the loss is one of NORMALISED.
         gathered: whether row b of the user table belongs to position b of the batch, whoever the user is.
     """
-    draws, kept, chunk, temperature, calibration = sampling
+    sampling, kept, chunk, temperature, calibration = candidates
     positions, users, positives = batch[0], batch[1], batch[2]
     rows = positions if gathered else users
     tile = uint64(TILE)
-    drawn_count = uint64(draws.count)
-    hard = uint64(kept) < drawn_count
+    num_drawn = uint64(sampling.count)
+    hard = uint64(kept) < num_drawn
+    # A loss that is normalised needs all logits before the first slope: with several chunks it draws and
+    # scores twice.
+    sweeps = uint64(2) if normalised and num_drawn > chunk else uint64(1)
 
+    draws, ahead = tile_draws(chunk), tile_draws(chunk)
     room = (uint64(1) + chunk) * tile
-    items = np.empty(room + uint64(3) * tile, dtype=np.uint32)
     hits = np.empty(room, dtype=np.uint32)
     drawn = np.empty(room, dtype=np.uint32)
     x = np.empty(room, dtype=np.float32)
     norms = np.empty(uint64(2) * room if similarity == "cosine" else uint64(0), dtype=np.float32)
-    free = np.empty(TILE, dtype=np.uint32)
     state = new_tile()
     weight = state.weight
     for i in range(len(x)):
         x[i] = float32(0)
+    for w in range(tile):
+        draws.free[w] = ahead.free[w] = uint32(sampling.num_items)
     total = 0.0
-    for start in range(uint64(0), size, tile):
+    # The chunk at (start, sweep, first) is computed, and the next one's negatives are drawn.
+    start, sweep, first, count = uint64(0), uint64(0), uint64(0), min(chunk, num_drawn)
+    found = uint64(0)
+    if size:
+        draw_ahead(
+            proposal, ahead, positions, users, start, first, count, sampling, step, known, exclude, exact
+        )
+        found = look_up(
+            proposal,
+            ahead,
+            hits,
+            drawn,
+            positions,
+            users,
+            start,
+            min(tile, size),
+            first,
+            count,
+            sampling,
+            step,
+            known,
+            exclude,
+            exact,
+        )
+    while start < size:
+        draws, ahead = ahead, draws
+        items = draws.items
         here = min(tile, size - start)
-        for w in range(tile):
-            weight[w] = scales.weight if w < here else float32(0)
+        last = first + count == num_drawn
+        if first == uint64(0) and sweep == uint64(0):
+            for w in range(tile):
+                weight[w] = scales.weight if w < here and draws.free[w] != uint32(0) else float32(0)
+            if loss == "gbce":
+                for w in range(here):
+                    share = min(float32(kept) / float32(max(draws.free[w], uint32(1))), float32(1))
+                    state.beta[w] = float32(1) - calibration * (float32(1) - share)
+        for w in range(tile):  # row 0 is the positive's: scored first, and scattered in the last chunk
             items[w] = positives[start + w]
-            free[w] = uint32(draws.num_items)
-        if exclude:
-            count_free(free, users, start, here, draws.num_items, known)
-            for w in range(here):
-                if free[w] == uint32(0):
-                    weight[w] = float32(0)
-            prefetch_bits(known, users, start + tile, here)
-        if loss == "gbce":
-            for w in range(here):
-                share = min(float32(kept) / float32(max(free[w], uint32(1))), float32(1))
-                state.beta[w] = float32(1) - calibration * (float32(1) - share)
+        by_rank = redraw_touched(
+            proposal,
+            draws,
+            hits,
+            found,
+            drawn,
+            positions,
+            users,
+            start,
+            first,
+            sampling,
+            step,
+            known,
+            exact,
+        )
 
-        # A loss that is normalised needs all logits before the first slope: with several chunks it draws and
-        # scores twice. Row 0, the positive's, is scored first and scattered in the last chunk.
-        sweeps = uint64(2) if normalised and drawn_count > chunk else uint64(1)
-        for sweep in range(sweeps):
-            first = uint64(0)
-            while True:
-                count = min(chunk, drawn_count - first)
-                last = first + count == drawn_count
-                begin = uint64(0) if first == uint64(0) else uint64(1)
-                draw_tile(proposal)(items, positions, start, first, count, draws, step)
-                by_rank = uint64(0)
-                if exclude:
-                    by_rank = redraw_touched(
-                        proposal,
-                        items,
-                        positions,
-                        users,
-                        free,
-                        start,
-                        here,
-                        first,
-                        count,
-                        draws,
-                        step,
-                        known,
-                        exact,
-                        hits,
-                        drawn,
-                    )
-                score_tile(similarity)(
-                    x,
-                    norms,
-                    items,
-                    rows,
-                    start,
-                    here,
-                    begin,
-                    uint64(1) + count,
-                    parameters,
-                    temperature,
-                    width,
-                    has_bias,
-                )
-                if hard:
-                    count = uint64(kept)
-                    by_rank = keep_largest(x, norms, items, drawn_count, count, hits, by_rank)
-                if normalised:
-                    _subtract_log_q(
-                        x,
-                        items,
-                        users,
-                        free,
-                        start,
-                        here,
-                        count,
-                        draws,
-                        hits,
-                        by_rank,
-                        proposal == "popularity",
-                    )
-                end = uint64(1) + count
-                if sweep == uint64(0):
-                    if first == uint64(0):
-                        begin_tile(x, state)
-                    accumulate(loss)(x, end, state)
-                if sweep == sweeps - uint64(1):
-                    slopes(loss)(x, end, last, state)
-                    for w in range(here):
-                        if weight[w] != float32(0):
-                            total += state.value[w]
-                    if len(gradients[0]):
-                        gradient_tile(similarity)(
-                            x,
-                            norms,
-                            items,
-                            rows,
-                            start,
-                            here,
-                            uint64(0) if last else uint64(1),
-                            end,
-                            weight,
-                            parameters,
-                            gradients,
-                            scales,
-                            temperature,
-                            width,
-                            has_bias,
-                            has_l2,
-                        )
-                first += chunk
-                if last:
-                    break
+        next_start, next_sweep, next_first = start, sweep, first + chunk
+        if last:
+            next_sweep, next_first = sweep + uint64(1), uint64(0)
+        if next_sweep == sweeps:
+            next_start, next_sweep = start + tile, uint64(0)
+        next_count = uint64(0)
+        if next_start < size:
+            next_count = min(chunk, num_drawn - next_first)
+            draw_ahead(
+                proposal,
+                ahead,
+                positions,
+                users,
+                next_start,
+                next_first,
+                next_count,
+                sampling,
+                step,
+                known,
+                exclude,
+                exact,
+            )
+
+        score_tile(similarity)(
+            x,
+            norms,
+            items,
+            Ahead(ahead, next_count, users[start + uint64(2) * tile :], known),
+            rows,
+            start,
+            here,
+            uint64(0) if first == uint64(0) else uint64(1),
+            uint64(1) + count,
+            parameters,
+            temperature,
+            width,
+            has_bias,
+            exclude,
+            exact,
+        )
+        scored = count
+        if hard:
+            scored = uint64(kept)
+            by_rank = keep_largest(x, norms, items, num_drawn, scored, hits, by_rank)
+        if normalised:
+            _subtract_log_q(
+                x,
+                items,
+                users,
+                draws.free,
+                start,
+                here,
+                scored,
+                sampling,
+                hits,
+                by_rank,
+                proposal == "popularity",
+            )
+        end = uint64(1) + scored
+        if sweep == uint64(0):
+            if first == uint64(0):
+                begin_tile(x, state)
+            accumulate(loss)(x, end, state)
+        computes = sweep + uint64(1) == sweeps
+        if computes:
+            slopes(loss)(x, end, last, state)
+            for w in range(here):
+                if weight[w] != float32(0):
+                    total += state.value[w]
+        if next_start < size:
+            found = look_up(
+                proposal,
+                ahead,
+                hits,
+                drawn,
+                positions,
+                users,
+                next_start,
+                min(tile, size - next_start),
+                next_first,
+                next_count,
+                sampling,
+                step,
+                known,
+                exclude,
+                exact,
+            )
+        if computes and len(gradients[0]):
+            gradient_tile(similarity)(
+                x,
+                norms,
+                items,
+                rows,
+                start,
+                here,
+                uint64(0) if last else uint64(1),
+                end,
+                weight,
+                parameters,
+                gradients,
+                scales,
+                temperature,
+                width,
+                has_bias,
+                has_l2,
+            )
+        start, sweep, first, count = next_start, next_sweep, next_first, next_count
     return total
 
 
-def sampling_of(negatives: Negatives, loss: LossSettings, key: Key) -> Sampling:
+def candidates_of(negatives: Negatives, loss: LossSettings, key: Key) -> Candidates:
     """What compiled code takes of negatives and loss besides the variant."""
     settings = negatives.settings
     whole_pool = -(-settings.pool // 4) * 4
-    return Sampling(
-        draws_of(settings.drawn, negatives.num_items, key, negatives.popularity),
+    return Candidates(
+        sampling_of(settings.drawn, negatives.num_items, key, negatives.popularity),
         settings.count,
         uint64(whole_pool or CHUNK),
         float32(loss.temperature),
@@ -294,8 +357,8 @@ def _compiled(variant: Variant, gathered: bool, sources: int = SOURCES) -> Any:
         user_index: Array,
         item_index: Array,
         first_position: int,
-        known: Any,
-        sampling: Any,
+        known: Membership,
+        candidates: Any,
         step: int,
         factors: Any,
     ) -> float:
@@ -312,7 +375,7 @@ def _compiled(variant: Variant, gathered: bool, sources: int = SOURCES) -> Any:
             batch,
             size,
             known,
-            sampling,
+            candidates,
             step,
             scales_of(max(size, uint64(1)), factors),
             width,
@@ -353,8 +416,8 @@ def run_batch(
         batch.user_index.numpy(),
         batch.item_index.numpy(),
         first_position,
-        known_arrays(negatives.known_positives),
-        sampling_of(negatives, loss, key),
+        membership_of(negatives.known_positives)[0],
+        candidates_of(negatives, loss, key),
         uint32(step),
         factors_of(loss, negatives.settings.scored),
     )

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from fasttower_kernels.compiled import FAST, OPTIONS, Array, chosen, float32, njit, uint64
 from fasttower_kernels.losses.numba_cpu import TILE
+from fasttower_kernels.negatives.numba_cpu import fetch_bits
 from fasttower_kernels.similarity_numba_cpu import inverse_norm, is_least, through_norm
 from fasttower_kernels.vector_rows import add_scaled, dot, load_row, prefetch, scaled, store_row
 
@@ -29,11 +30,35 @@ def gradient_tile(similarity: str) -> Callable[..., None]:
     raise NotImplementedError  # compiled code only
 
 
+class Ahead(NamedTuple):
+    """The draws to come, whose bits are fetched while a tile is scored.
+
+    Attributes:
+        draws: the next ones, a `TileDraws`.
+        count: of each positive, uint64.
+        users: (B,) and room, uint32, from the tile after theirs on.
+        known: the membership.
+    """
+
+    draws: Any
+    count: int
+    users: Array
+    known: Any
+
+
+@njit(**OPTIONS)
+def _fetch_ahead(ahead: Any, w: int, exact: bool) -> None:
+    fetch_bits(ahead.draws, w, ahead.count, ahead.known, exact)
+    # Where the bits of the draws after those are.
+    prefetch(ahead.known.starts, uint64(2) * uint64(ahead.users[w]), 4)
+
+
 @njit(**_OPTIONS)
 def _score_by_dot(
     x: Array,
     norms: Array,
     items: Array,
+    ahead: Any,
     rows: Array,
     start: int,
     size: int,
@@ -43,14 +68,17 @@ def _score_by_dot(
     temperature: float,
     width: int,
     has_bias: bool,
+    exclude: bool,
+    exact: bool,
 ) -> None:
-    """Logits by dot product.
+    """Logits by dot product; in between it asks for the bits of the draws to come.
 
     Args:
         x: (rows * TILE,), float32.
         norms: (2 * rows * TILE,), float32: with cosine, for each logit the inverse norm of its item, and in
             the second half the logit without its bias; else empty.
         items: (rows * TILE,), uint32.
+        ahead: an `Ahead`.
         rows: (B,), uint32: of the user table.
         start: uint64: where the tile begins in it.
         size: uint64: positives in the tile.
@@ -58,12 +86,16 @@ def _score_by_dot(
         end: uint64.
         parameters: users (U * P,), items (I * P,), item bias (I,) or empty, float32.
         temperature: of cosine similarity, float32.
-        width: of a row, a literal; the next one too.
+        width: of a row, a literal; the next ones too.
         has_bias: whether items have a bias.
+        exclude: whether negatives leave known positives out.
+        exact: whether all rows of the membership are bitmaps.
     """
     user_table, item_table, item_bias = parameters
     tile = uint64(TILE)
     for w in range(size):
+        if exclude:
+            _fetch_ahead(ahead, w, exact)
         u = load_row(user_table, uint64(rows[start + w]), width)
         for k in range(begin, end):
             item = uint64(items[k * tile + w])
@@ -78,6 +110,7 @@ def _score_by_cosine(
     x: Array,
     norms: Array,
     items: Array,
+    ahead: Any,
     rows: Array,
     start: int,
     size: int,
@@ -87,11 +120,15 @@ def _score_by_cosine(
     temperature: float,
     width: int,
     has_bias: bool,
+    exclude: bool,
+    exact: bool,
 ) -> None:
     user_table, item_table, item_bias = parameters
     tile = uint64(TILE)
     half = uint64(len(norms) // 2)
     for w in range(size):
+        if exclude:
+            _fetch_ahead(ahead, w, exact)
         u = load_row(user_table, uint64(rows[start + w]), width)
         u = scaled(inverse_norm(u) / temperature, u)
         for k in range(begin, end):
