@@ -1,6 +1,7 @@
 """Reading vectors with cosine similarity, and a gradient's way back through the norm, in Triton.
 
-With r = 1 / max(|v|, LEAST_NORM) a vector is read as ``v r / t``, t the temperature for users and 1 for items.
+With r = 1 / max(|v|, LEAST_NORM) a vector is read as ``v r / t``, t the temperature for users and 1 for
+items.
 """
 
 # Arguments get their types when a kernel is compiled.

@@ -1,7 +1,7 @@
 """The cases of `test_shared_triton`'s interpreter: run there, with TRITON_INTERPRET=1.
 
-The oracle is the plain torch reference in float64, which `test_contract` holds against the contract. Tiles are
-of 16 rows and columns, so that lists and blocks take several, with a rest.
+The oracle is the plain torch reference in float64, which `test_contract` holds against the contract. Tiles
+are of 16 rows and columns, so that lists and blocks take several, with a rest.
 """
 
 import os
@@ -36,7 +36,9 @@ LOSSES = {
     "gbce": LossSettings("gbce", 0.8, item_l2=0.2),
     "bpr": LossSettings("bpr"),
     "softmax": LossSettings("softmax", user_l2=0.1),
-    "softmax, cosine": LossSettings("softmax", similarity="cosine", temperature=0.4, user_l2=0.1, item_l2=0.2),
+    "softmax, cosine": LossSettings(
+        "softmax", similarity="cosine", temperature=0.4, user_l2=0.1, item_l2=0.2
+    ),
     "bce, cosine": LossSettings(similarity="cosine", temperature=1.5),
 }
 # Two words of bits, in-batch one and a short last block; a batch has 45 positives.
@@ -45,7 +47,12 @@ NEGATIVES = {
     "in-batch": NegativeSettings("in-batch", block_size=37),
     "mixed": NegativeSettings("mixed", count=50, block_size=20),
 }
-PAIRS = [(loss, n) for loss in LOSSES for n in NEGATIVES if (loss, n[-5:]) not in (("gbce", "batch"), ("gbce", "mixed"))]
+PAIRS = [
+    (loss, n)
+    for loss in LOSSES
+    for n in NEGATIVES
+    if (loss, n[-5:]) not in (("gbce", "batch"), ("gbce", "mixed"))
+]
 VARIANTS = cycle([(3, "bitmap", True), (16, "search", False), (37, None, True), (64, "bitmap", False)])
 CASES = [(*pair, *variant) for pair, variant in zip(PAIRS, VARIANTS, strict=False)]
 
@@ -229,7 +236,7 @@ def test_deterministic_gradients_are_refused():
     torch.use_deterministic_algorithms(True)
     tables, negatives = make_tables(4), negatives_of(NEGATIVES["in-batch"], None)
     step = (make_batch(5), negatives, LOSSES["bce"])
-    with pytest.raises(FastTowerError, match="in-batch negatives on a GPU .* choose backend torch"):
+    with pytest.raises(FastTowerError, match="in-batch negatives on a GPU"):
         triton_gpu.add_gradients(tables, tables.zeros_like(), *step, key=KEY, step=0)
     first, second = (triton_gpu.loss_sum(tables, *step, key=KEY, step=0) for _ in range(2))
     assert first.equal(second)

@@ -15,7 +15,7 @@ measurement.
 """
 
 # Constants of a kernel are written in capitals, and arguments get their types when it is launched.
-# ruff: noqa: N803, N806
+# ruff: noqa: ANN001, ANN201, ANN202, N803
 # mypy: disallow-untyped-defs=False
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ highest logit so far and shrinks what it has when a higher one comes, as flash a
 serves all losses. Then come the positives' own terms, whose slope is the sum of the others'.
 
 `items_kernel` gives a program some items of a block's list and goes through the block's positives: the same
-logits once more, from which p and z, 8 bytes a positive, give the slopes, and G^T U, which stays in registers.
+logits once more, slopes by the p and z of each positive, and G^T U, which stays in registers.
 
 So there are four products where a kernel that added G^T U to memory for each tile would have three. That one
 would add D floats for each item of a list and each 64 positives, which the L2 cache carries out; here each
@@ -21,7 +21,7 @@ Large-Vocabulary Language Models" (ICLR 2025), section 4.
 """
 
 # Constants of a kernel are written in capitals, and arguments get their types when it is launched.
-# ruff: noqa: N803, N806, PLR0915
+# ruff: noqa: ANN001, ANN201, ANN202, N803, PLR0912, PLR0915
 # mypy: disallow-untyped-defs=False
 
 from __future__ import annotations
@@ -74,6 +74,16 @@ def _piece(tile, NUMBER: tl.constexpr):
         if tile.shape[1] > _PIECE:
             tile = _half(tile, NUMBER // (tile.shape[1] // (2 * _PIECE)) % 2)
     return tile
+
+
+@triton.jit
+def _dot_rows(tile, table_ptr, index, there, WIDTH: tl.constexpr):
+    """Inner products of a tile's rows with some rows of a table: (R,)."""
+    products = tl.zeros([tile.shape[0]], tl.float32)
+    for n in tl.static_range(tile.shape[1] // _PIECE):
+        rows = _load_rows(table_ptr, index, there, n * _PIECE + tl.arange(0, _PIECE), WIDTH)
+        products += tl.sum(_piece(tile, n) * rows.to(tl.float32), axis=1)
+    return products
 
 
 @triton.jit(
@@ -269,8 +279,8 @@ def users_kernel(
         scale = 1.0 / length.to(tl.float32)
         along = p
         if inverse_norms_ptr is not None:
-            vectors = _load_rows(users_ptr, row, live, d, WIDTH).to(tl.float32)
-            along = tl.sum(gradients * vectors, axis=1) * inverse + slope * similarity * temperature
+            along = _dot_rows(gradients, users_ptr, row, live, WIDTH) * inverse
+            along += slope * similarity * temperature
         for n in tl.static_range(BLOCK_D // _PIECE):
             piece = n * _PIECE + tl.arange(0, _PIECE)
             u = _load_rows(users_ptr, row, live, piece, WIDTH).to(tl.float32)
@@ -362,7 +372,9 @@ def items_kernel(
     offset = m
     if offsets_ptr is not None:
         offset = tl.load(offsets_ptr + place, mask=inside, other=0.0)
-    masks_ptr += (block.to(tl.int64) * list_words + tl.program_id(0) % programs * BLOCK_M // _WORD) * block_size
+    masks_ptr += (
+        block.to(tl.int64) * list_words + tl.program_id(0) % programs * BLOCK_M // _WORD
+    ) * block_size
 
     gradients = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     of_bias = tl.zeros([BLOCK_M], tl.float32)
@@ -398,8 +410,7 @@ def items_kernel(
     scale = 1.0 / length.to(tl.float32)
     along = pairs
     if inverse_norms_ptr is not None:
-        vectors = _load_rows(items_ptr, item, inside, d, WIDTH).to(tl.float32)
-        along = tl.sum(gradients * vectors, axis=1) * item_inverse
+        along = _dot_rows(gradients, items_ptr, item, inside, WIDTH) * item_inverse
     for n in tl.static_range(BLOCK_D // _PIECE):
         piece = n * _PIECE + tl.arange(0, _PIECE)
         of_items = _piece(gradients, n)

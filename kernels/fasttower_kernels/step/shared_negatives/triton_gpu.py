@@ -29,7 +29,6 @@ from fasttower_kernels.philox import Key
 from fasttower_kernels.settings import LossSettings
 from fasttower_kernels.shuffle.triton_gpu import row_bits
 from fasttower_kernels.step.shared_negatives.block_list_triton_gpu import (
-    WORD,
     BlockLists,
     draw_kernel,
     mask_kernel,
@@ -59,7 +58,8 @@ class ProductTile(NamedTuple):
 
 
 # By the width of a row, rounded up to a power of two: what has no spills with MAX_REGISTERS, and 64 rows
-# where there is a choice, which is what Hopper's matrix instructions take.
+# where there is a choice, which is what Hopper's matrix instructions take. Only three products of rows of
+# more than 128 elements spill.
 TILES = {
     16: ProductTile(64, 32, 4),
     32: ProductTile(64, 32, 4),
@@ -132,7 +132,8 @@ class ProductShape(NamedTuple):
         width = table.shape[1]
         if width > MAX_WIDTH:
             raise FastTowerError(
-                f"vectors have {width} dimensions; the triton backend takes {MAX_WIDTH}: choose backend torch."
+                f"vectors have {width} dimensions; the triton backend takes {MAX_WIDTH}: choose backend "
+                "torch."
             )
         block_d = max(16, triton.next_power_of_2(width))
         precision = "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
@@ -184,8 +185,8 @@ def shared_launches(
     """
     if gradients is not None and torch.are_deterministic_algorithms_enabled():
         raise FastTowerError(
-            f"deterministic algorithms are asked for, and {negatives.settings.proposal} negatives on a GPU add "
-            "gradients in no fixed order; choose backend torch, or uniform or popularity negatives."
+            f"deterministic algorithms are asked for, and {negatives.settings.proposal} negatives on a GPU "
+            "add gradients in no fixed order; choose backend torch, or uniform or popularity negatives."
         )
     settings, device, width = negatives.settings, parameters.users.device, parameters.users.shape[1]
     block_d, precision, tile = ProductShape.of(parameters.users)
