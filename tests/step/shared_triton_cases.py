@@ -1,7 +1,7 @@
 """The cases of `test_shared_triton`'s interpreter: run there, with TRITON_INTERPRET=1.
 
 The oracle is the plain torch reference in float64, which `test_contract` holds against the contract. Tiles
-are of 16 rows and columns, so that lists and blocks take several, with a rest.
+are of 32 rows and columns, so that lists and blocks take several, with a rest.
 """
 
 import os
@@ -43,7 +43,7 @@ LOSSES = {
 }
 # Two words of bits, in-batch one and a short last block; a batch has 45 positives.
 NEGATIVES = {
-    "shared": NegativeSettings("shared", count=70, block_size=24),
+    "shared": NegativeSettings("shared", count=70, block_size=40),
     "in-batch": NegativeSettings("in-batch", block_size=37),
     "mixed": NegativeSettings("mixed", count=50, block_size=20),
 }
@@ -61,7 +61,7 @@ CASES = [(*pair, *variant) for pair, variant in zip(PAIRS, VARIANTS, strict=Fals
 def _small_tiles(monkeypatch):
     for tiles in triton_gpu.TILES, triton_gpu.SPLIT_TILES:
         for block in tiles:
-            monkeypatch.setitem(tiles, block, triton_gpu.ProductTile(16, 16, 4))
+            monkeypatch.setitem(tiles, block, triton_gpu.ProductTile(32, 32, 4))
     yield
     torch.use_deterministic_algorithms(False)
 

@@ -76,16 +76,6 @@ def _piece(tile, NUMBER: tl.constexpr):
     return tile
 
 
-@triton.jit
-def _dot_rows(tile, table_ptr, index, there, WIDTH: tl.constexpr):
-    """Inner products of a tile's rows with some rows of a table: (R,)."""
-    products = tl.zeros([tile.shape[0]], tl.float32)
-    for n in tl.static_range(tile.shape[1] // _PIECE):
-        rows = _load_rows(table_ptr, index, there, n * _PIECE + tl.arange(0, _PIECE), WIDTH)
-        products += tl.sum(_piece(tile, n) * rows.to(tl.float32), axis=1)
-    return products
-
-
 @triton.jit(
     do_not_specialize=[
         "num_rows",
@@ -279,8 +269,11 @@ def users_kernel(
         scale = 1.0 / length.to(tl.float32)
         along = p
         if inverse_norms_ptr is not None:
-            along = _dot_rows(gradients, users_ptr, row, live, WIDTH) * inverse
-            along += slope * similarity * temperature
+            along = slope * similarity * temperature
+            for n in tl.static_range(BLOCK_D // _PIECE):
+                piece = n * _PIECE + tl.arange(0, _PIECE)
+                u = _load_rows(users_ptr, row, live, piece, WIDTH).to(tl.float32)
+                along += inverse * tl.sum(_piece(gradients, n) * u, axis=1)
         for n in tl.static_range(BLOCK_D // _PIECE):
             piece = n * _PIECE + tl.arange(0, _PIECE)
             u = _load_rows(users_ptr, row, live, piece, WIDTH).to(tl.float32)
@@ -408,9 +401,12 @@ def items_kernel(
         gradients = tl.dot(slopes.to(users.dtype), users, gradients, input_precision=PRECISION)
 
     scale = 1.0 / length.to(tl.float32)
-    along = pairs
+    along = tl.zeros([BLOCK_M], tl.float32)
     if inverse_norms_ptr is not None:
-        along = _dot_rows(gradients, items_ptr, item, inside, WIDTH) * item_inverse
+        for n in tl.static_range(BLOCK_D // _PIECE):
+            piece = n * _PIECE + tl.arange(0, _PIECE)
+            v = _load_rows(items_ptr, item, inside, piece, WIDTH).to(tl.float32)
+            along += item_inverse * tl.sum(_piece(gradients, n) * v, axis=1)
     for n in tl.static_range(BLOCK_D // _PIECE):
         piece = n * _PIECE + tl.arange(0, _PIECE)
         of_items = _piece(gradients, n)
