@@ -83,9 +83,7 @@ def launches_of(dim: int, dtype: torch.dtype, loss: LossSettings) -> Any:
         Tables(gradients.users.to(dtype), gradients.items.to(dtype), gradients.item_bias),
         gradients,
         interactions,
-        Negatives.of(
-            NegativeSettings("mixed", count=4, block_size=users), interactions, users, items, known
-        ),
+        Negatives.of(NegativeSettings("mixed", count=4, block_size=users), interactions, users, items, known),
         loss,
         words=torch.zeros(10, dtype=torch.int32),
         counters=torch.zeros(2, dtype=torch.int64),

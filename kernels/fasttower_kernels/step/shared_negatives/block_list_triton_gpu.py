@@ -9,8 +9,8 @@ Looking up: with the users x items bitmap a pair reads one word of its user's ro
 thousand items nearly every 32-byte sector of the row is read, each once from memory, so a positive costs its
 row (3.3 KB), which the matrix products of 512 items outweigh. Without a bitmap a pair searches the user's
 sorted items, log2(degree) loads. Walking the user's items instead, each searched in the block's sorted list,
-takes degree * log2(M) loads where this takes M * log2(degree): about as many for MovieLens 20M's positives,
-whose users have 600 items on average, and it would need a sort for each block. This is arithmetic, not a
+takes degree * log2(M) loads where this takes M * log2(degree): as many where a list is as long as a user's
+row, and it would need a sort for each block. This is arithmetic, not a
 measurement.
 """
 

@@ -6,8 +6,7 @@ highest logit so far and shrinks what it has when a higher one comes, as flash a
 serves all losses. Then come the positives' own terms, whose slope is the sum of the others'.
 
 `items_kernel` gives a program some items of a block's list and goes through the block's positives: the same
-logits once more, from which p and z, 8 bytes a positive, give the slopes, and G^T U, which stays in
-registers.
+logits once more, slopes by the p and z of each positive, and G^T U, which stays in registers.
 
 So there are four products where a kernel that added G^T U to memory for each tile would have three. That one
 would add D floats for each item of a list and each 64 positives, which the L2 cache carries out; here each
@@ -271,8 +270,11 @@ def users_kernel(
         scale = 1.0 / length.to(tl.float32)
         along = p
         if inverse_norms_ptr is not None:
-            vectors = _load_rows(users_ptr, row, live, d, WIDTH).to(tl.float32)
-            along = tl.sum(gradients * vectors, axis=1) * inverse + slope * similarity * temperature
+            along = slope * similarity * temperature
+            for n in tl.static_range(BLOCK_D // _PIECE):
+                piece = n * _PIECE + tl.arange(0, _PIECE)
+                u = _load_rows(users_ptr, row, live, piece, WIDTH).to(tl.float32)
+                along += inverse * tl.sum(_piece(gradients, n) * u, axis=1)
         for n in tl.static_range(BLOCK_D // _PIECE):
             piece = n * _PIECE + tl.arange(0, _PIECE)
             u = _load_rows(users_ptr, row, live, piece, WIDTH).to(tl.float32)
@@ -400,10 +402,12 @@ def items_kernel(
         gradients = tl.dot(slopes.to(users.dtype), users, gradients, input_precision=PRECISION)
 
     scale = 1.0 / length.to(tl.float32)
-    along = pairs
+    along = tl.zeros([BLOCK_M], tl.float32)
     if inverse_norms_ptr is not None:
-        vectors = _load_rows(items_ptr, item, inside, d, WIDTH).to(tl.float32)
-        along = tl.sum(gradients * vectors, axis=1) * item_inverse
+        for n in tl.static_range(BLOCK_D // _PIECE):
+            piece = n * _PIECE + tl.arange(0, _PIECE)
+            v = _load_rows(items_ptr, item, inside, piece, WIDTH).to(tl.float32)
+            along += item_inverse * tl.sum(_piece(gradients, n) * v, axis=1)
     for n in tl.static_range(BLOCK_D // _PIECE):
         piece = n * _PIECE + tl.arange(0, _PIECE)
         of_items = _piece(gradients, n)

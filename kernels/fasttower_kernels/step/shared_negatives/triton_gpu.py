@@ -5,11 +5,12 @@ products. A batch of B positives in blocks of b with lists of M items takes ``B 
 ``B / b * M`` item numbers (with cosine similarity and offsets as many floats); logits are never stored.
 
 Products of float32 tables follow ``torch.get_float32_matmul_precision()``. For "highest", torch's default, a
-factor is split in two TF32 numbers, which hold 22 of its 24 bits, and three products of TF32 make one: that
-is float32 but for its last bits, on tensor cores. (A product of float32 as it is runs beside the tensor
-cores, and Triton keeps so much of it in registers that they spill; AMD's matrix cores take it.) The other
-settings are one product of TF32. Those of bfloat16 tables are bfloat16; for them the slopes, too, are rounded
-to bfloat16. All add up in float32.
+factor is split in two TF32 numbers, and three products of TF32 make one, on tensor cores. Of normal vectors
+of 64 elements the split has a relative error of 7.5e-8, with sums that are exact, where a product in float32
+has 1.4e-7. (A product of float32 as it is runs beside the tensor cores, and Triton keeps so much of it in
+registers that they spill; AMD's matrix cores take it.) The other settings are one product of TF32, with an
+error of 2.9e-4. Products of bfloat16 tables are bfloat16; for them the slopes, too, are rounded to bfloat16.
+All add up in float32.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ class ProductTile(NamedTuple):
 
 
 # By the width of a row, rounded up to a power of two: what has no spills with MAX_REGISTERS, and 64 rows
-# where there is a choice, which is what Hopper's matrix instructions take.
+# where there is a choice, which is what Hopper's matrix instructions take. Only three products of rows of
+# more than 128 elements spill.
 TILES = {
     16: ProductTile(64, 32, 4),
     32: ProductTile(64, 32, 4),
