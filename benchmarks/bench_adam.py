@@ -8,8 +8,8 @@ import torch
 from fasttower_kernels.adam.numba_cpu import adam_range, step_scales
 from fasttower_kernels.adam.reference import adam_step
 from fasttower_kernels.compiled import flat_arrays, uint64
+from fasttower_kernels.step import TrainState
 from fasttower_kernels.tables import Tables
-from fasttower_kernels.train_steps import TrainState
 
 DIM, LEARNING_RATE = 64, 1e-3
 SHAPES = {"ML-1M's tables": (6_040, 3_706, 100), "ML-20M's tables": (138_493, 26_744, 8)}  # the last: rounds

@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from benchmarks import training_step as ways
-from fasttower_kernels.negatives import sample_negatives
+from fasttower_kernels.negatives import Negatives, sample_negatives
 from fasttower_kernels.philox import seed_key
-from fasttower_kernels.sampled_bce import LossSettings, reference
-from fasttower_kernels.train_steps import StepSettings, TrainState, run_steps
+from fasttower_kernels.settings import LossSettings, NegativeSettings, StepSettings
+from fasttower_kernels.step import Step, TrainState, loss_sum
 
-POSITIVES_A_ROUND = 16_384
-STEPS_A_ROUND = 32  # over large tables; as one call, at whose end the lazy optimiser updates every row
+NEGATIVES = NegativeSettings(count=ways.NUM_NEGATIVES)
+POSITIVES_PER_ROUND = 16_384
+STEPS_PER_ROUND = 32  # over large tables; as one call, at whose end the lazy optimiser updates every row
 FASTTOWER = {
     # backend, with exact exclusion and an item bias
     "fasttower": ("numba", False),
@@ -34,8 +35,9 @@ TORCH = [
 def trained(backend, dim, batch_size, data, known):
     """The tables after three steps."""
     state = TrainState.start(ways.make_tables(dim, data, item_bias=known is not None))
-    settings = StepSettings(LossSettings(ways.NUM_NEGATIVES), ways.LEARNING_RATE, batch_size, seed=1)
-    run_steps(state, data.interactions, known, settings, first_step=0, num_steps=3, backend=backend)
+    settings = StepSettings(ways.LEARNING_RATE, batch_size, seed=1, negatives=NEGATIVES)
+    negatives = Negatives(NEGATIVES, data.num_users, data.num_items, known)
+    Step(state, data.interactions, negatives, settings, backend=backend).run(0, 3)
     return state.parameters
 
 
@@ -65,9 +67,9 @@ def test_training_step(benchmark_in, way, dim, batch_size, ml_1m_shape, known):
         users=data.num_users,
         items=data.num_items,
         negatives=ways.NUM_NEGATIVES,
-        positives_a_round=POSITIVES_A_ROUND,
+        positives_per_round=POSITIVES_PER_ROUND,
     )
-    benchmark(steps, POSITIVES_A_ROUND // batch_size)
+    benchmark(steps, POSITIVES_PER_ROUND // batch_size)
 
 
 @pytest.mark.parametrize(("dim", "batch_size"), [(64, 1024)])
@@ -85,9 +87,9 @@ def test_large_tables(benchmark_in, way, dim, batch_size, ml_20m_tables):
         users=data.num_users,
         items=data.num_items,
         negatives=ways.NUM_NEGATIVES,
-        steps_a_round=STEPS_A_ROUND,
+        steps_per_round=STEPS_PER_ROUND,
     )
-    benchmark.pedantic(steps, args=(STEPS_A_ROUND,), rounds=3)
+    benchmark.pedantic(steps, args=(STEPS_PER_ROUND,), rounds=3)
 
 
 def torch_steps(way, dim, batch_size, data):
@@ -120,6 +122,7 @@ def assert_right_loss(loss_of, dim, batch_size, data):
     labels = torch.zeros(batch_size, 1 + ways.NUM_NEGATIVES)
     labels[:, 0] = 1
     item_index = torch.cat([batch.item_index.long()[:, None], negatives], dim=1)
-    right = reference.bce_sum(tables, batch, None, LossSettings(ways.NUM_NEGATIVES), key=key, step=0)
+    plain = Negatives(NEGATIVES, data.num_users, data.num_items)
+    right = loss_sum(tables, batch, plain, LossSettings(), key=key, step=0, backend="torch")
     mean = loss_of(tables.users, tables.items, users, item_index, labels)
     assert float(mean) * labels.numel() == pytest.approx(float(right), rel=1e-5)

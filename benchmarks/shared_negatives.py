@@ -24,11 +24,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
 
 from benchmarks.training_step import Data, make_data, make_tables, read_data
-from fasttower_kernels import sampled_bce
 from fasttower_kernels.known_positives import KnownPositives
-from fasttower_kernels.negatives.proposal import Negatives
-from fasttower_kernels.settings import LossSettings, NegativeSettings
-from fasttower_kernels.step.shared_negatives import numba_cpu
+from fasttower_kernels.negatives import Negatives
+from fasttower_kernels.settings import LossName, LossSettings, NegativeSettings, Proposal
+from fasttower_kernels.step import add_gradients
 from fasttower_kernels.tables import Interactions
 
 BATCH = 4096
@@ -44,25 +43,14 @@ def shuffled_batch(data: Data) -> Interactions:
     return Interactions(data.interactions.user_index[rows], data.interactions.item_index[rows])
 
 
-def own_way(dim: int, data: Data, known: KnownPositives) -> Way:
-    tables = make_tables(dim, data, item_bias=True)
-    gradients, batch, settings = tables.zeros_like(), shuffled_batch(data), sampled_bce.LossSettings(10)
-    return lambda: sampled_bce.train_step(
-        tables, gradients, batch, known, settings, key=KEY, step=0, backend="numba"
-    )
-
-
-def shared_way(
-    proposal: str, loss: str, length: int, dim: int, data: Data, known: KnownPositives | None
+def fasttower_way(
+    settings: NegativeSettings, loss: LossName, dim: int, data: Data, known: KnownPositives | None
 ) -> Way:
     tables = make_tables(dim, data, item_bias=True)
     gradients, batch = tables.zeros_like(), shuffled_batch(data)
-    settings = NegativeSettings(proposal, count=length, block_size=length)  # type: ignore[arg-type]
     negatives = Negatives.of(settings, data.interactions, data.num_users, data.num_items, known)
-    loss_settings = LossSettings(loss)  # type: ignore[arg-type]
-    return lambda: numba_cpu.add_gradients(
-        tables, gradients, batch, negatives, loss_settings, key=KEY, step=0
-    )
+    call = (tables, gradients, batch, negatives, LossSettings(loss))
+    return lambda: add_gradients(*call, key=KEY, step=0, backend="numba")
 
 
 def autograd_way(loss: str, length: int, dim: int, data: Data) -> Way:
@@ -133,11 +121,15 @@ def main() -> None:
         f"batch {BATCH}; CPU time, best of {arguments.repeats}"
     )
     for length in LENGTHS:
-        ways = {"own 10": own_way(dim, data, known)}
-        for loss in ("softmax", "bce"):
-            for proposal in ("in-batch", "shared"):
-                ways[f"{proposal} {loss}"] = shared_way(proposal, loss, length, dim, data, known)
-            ways[f"in-batch {loss} plain"] = shared_way("in-batch", loss, length, dim, data, None)
+        ways = {"own 10": fasttower_way(NegativeSettings(count=10), "bce", dim, data, known)}
+        losses: tuple[LossName, ...] = ("softmax", "bce")
+        proposals: tuple[Proposal, ...] = ("in-batch", "shared")
+        for loss in losses:
+            for proposal in proposals:
+                settings = NegativeSettings(proposal, count=length, block_size=length)
+                ways[f"{proposal} {loss}"] = fasttower_way(settings, loss, dim, data, known)
+            plain = NegativeSettings("in-batch", block_size=length)
+            ways[f"in-batch {loss} plain"] = fasttower_way(plain, loss, dim, data, None)
             ways[f"autograd {loss}"] = autograd_way(loss, length, dim, data)
         ways["matmuls"] = matmul_way(length, dim)
         best = best_ns(ways, arguments.repeats)

@@ -43,26 +43,28 @@ def first_step(optimiser: str, threads: int) -> dict[str, list[float]]:
     import numba  # noqa: F401
 
     lap("import numba")
-    import fasttower_kernels.train_steps.numba_cpu  # noqa: F401
+    import fasttower_kernels.step.numba_cpu  # noqa: F401
 
     lap("import fasttower_kernels")
     from benchmarks.training_step import make_data, make_tables
     from fasttower.config import PRESETS
-    from fasttower_kernels.sampled_bce import LossSettings, bce_sum
-    from fasttower_kernels.train_steps import StepSettings, TrainState, run_steps
+    from fasttower_kernels.negatives import Negatives
+    from fasttower_kernels.settings import StepSettings
+    from fasttower_kernels.step import Step, TrainState, loss_sum
 
     torch.set_num_threads(threads)
     data = make_data()
     config = PRESETS["default"].resolved(len(data.interactions))
-    known = data.known_positives()
+    drawn = config.negative_settings
+    negatives = Negatives.of(drawn, data.interactions, data.num_users, data.num_items, data.known_positives())
     state = TrainState.start(make_tables(config.embedding_dim, data, item_bias=config.item_bias))
-    loss = LossSettings(config.num_negatives, config.l2[0], config.loss_scale)
-    settings = StepSettings(loss, config.learning_rate, config.batch_size, config.seed, optimiser)
+    loss = config.loss_settings(config.l2[0])
+    settings = StepSettings(config.learning_rate, config.batch_size, config.seed, loss, drawn, optimiser)
     began = now()
-    run_steps(state, data.interactions, known, settings, first_step=0, num_steps=1)
+    Step(state, data.interactions, negatives, settings).run(0, 1)
     lap("first step")
     part = data.batch(1024)
-    bce_sum(state.parameters, part, known, loss, key=(1, 2), step=0)
+    loss_sum(state.parameters, part, negatives, loss, key=(1, 2), step=0)
     lap("first validation loss")
     return times
 

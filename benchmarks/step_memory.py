@@ -6,7 +6,7 @@ case is a process of its own: it trains with batches of 256 and few negatives un
 every lasting array is there, gives freed memory back to the system, and takes one step of the full size.
 Reported is by how much the highest resident memory of that step (VmHWM, set back before it) exceeds what was
 resident before (VmRSS). Buffers of the step count; tables, moments, interactions and code do not. getrusage's
-ru_maxrss would begin with the parent's. Linux and glibc alone have all of this.
+ru_maxrss would begin with the parent's. Only Linux with glibc has all of this.
 
 A torch loop with 1,000 negatives holds the gathered item vectors, 65,536 x 1,001 x 64 floats or 16.8 GB, and
 as much again for their gradient: it is not run.
@@ -41,8 +41,9 @@ def step_mb(way: str, num_negatives: int, threads: int) -> float:
     import torch
 
     from benchmarks import training_step as ways
-    from fasttower_kernels.sampled_bce import LossSettings
-    from fasttower_kernels.train_steps import StepSettings, TrainState, run_steps
+    from fasttower_kernels.negatives import Negatives
+    from fasttower_kernels.settings import LossSettings, NegativeSettings, StepSettings
+    from fasttower_kernels.step import Step, TrainState
 
     torch.set_num_threads(threads)
     data = ways.make_data()
@@ -52,8 +53,10 @@ def step_mb(way: str, num_negatives: int, threads: int) -> float:
 
         def step(batch_size: int) -> None:
             few = min(num_negatives, 10) if batch_size < BATCH_SIZE else num_negatives
-            settings = StepSettings(LossSettings(few, 0.06), 0.01, batch_size, 0, "adam")
-            run_steps(state, data.interactions, known, settings, first_step=0, num_steps=1, backend="numba")
+            negatives = Negatives(NegativeSettings(count=few), data.num_users, data.num_items, known)
+            loss = LossSettings(user_l2=0.06, item_l2=0.06)
+            settings = StepSettings(0.01, batch_size, 0, loss, negatives.settings, "adam")
+            Step(state, data.interactions, negatives, settings, backend="numba").run(0, 1)
     else:
         tables = ways.torch_way(ways.loss_mulsum, DIM, BATCH_SIZE, data)
         small = ways.torch_way(ways.loss_mulsum, DIM, WARM_UP, data)

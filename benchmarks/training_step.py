@@ -44,9 +44,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
 
 from fasttower_kernels.known_positives import KnownPositives
-from fasttower_kernels.sampled_bce import LossSettings
+from fasttower_kernels.negatives import Negatives
+from fasttower_kernels.settings import NegativeSettings, StepSettings
+from fasttower_kernels.step import Step, TrainState, steps_per_epoch
 from fasttower_kernels.tables import Interactions, Tables
-from fasttower_kernels.train_steps import StepSettings, TrainState, run_steps, steps_per_epoch
 
 NUM_NEGATIVES = 10
 LEARNING_RATE = 1e-3
@@ -103,7 +104,9 @@ def fasttower_way(
     backend: str, dim: int, batch_size: int, data: Data, known: KnownPositives | None = None
 ) -> Steps:
     state = TrainState.start(make_tables(dim, data, item_bias=known is not None))
-    settings = StepSettings(LossSettings(NUM_NEGATIVES), LEARNING_RATE, batch_size, seed=1)
+    negatives = Negatives(NegativeSettings(count=NUM_NEGATIVES), data.num_users, data.num_items, known)
+    settings = StepSettings(LEARNING_RATE, batch_size, seed=1, negatives=negatives.settings)
+    step = Step(state, data.interactions, negatives, settings, backend=backend)
     per_epoch = steps_per_epoch(len(data.interactions), batch_size)
     done = 0
 
@@ -111,9 +114,7 @@ def fasttower_way(
         nonlocal done
         if done % per_epoch + count > per_epoch:
             done += per_epoch - done % per_epoch
-        run_steps(
-            state, data.interactions, known, settings, first_step=done, num_steps=count, backend=backend
-        )
+        step.run(done, count)
         done += count
 
     return steps

@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from fasttower.errors import FastTowerError
 from fasttower_kernels.settings import (
+    MAX_BLOCK_SIZE,
     Backend,
     LossName,
     LossScale,
@@ -171,6 +172,17 @@ class TrainingConfig:
             _check(self, name, value is None or 1 <= value < 2**31, "1 to 2,147,483,647")
         l2 = self.l2
         _check(self, "l2", bool(l2) and all(0 <= value < math.inf for value in l2), "numbers, 0 or more")
+        for name in ("item_l2", "bias_l2", "popularity_power"):
+            value = getattr(self, name)
+            _check(self, name, value is None or 0 <= value < math.inf, "a finite number, 0 or more")
+        _check(self, "temperature", 0 < self.temperature < math.inf, "a finite number above 0")
+        _check(self, "calibration", 0 <= self.calibration <= 1, "a number from 0 to 1")
+        _check(self, "block_size", 1 <= self.block_size <= MAX_BLOCK_SIZE, f"1 to {MAX_BLOCK_SIZE:,}")
+        pool, shared = self.negative_pool, self.negatives not in ("uniform", "popularity")
+        _check(self, "negative_pool", not (pool and shared), "0 with negatives that a block shares")
+        least = max(self.num_negatives, 1)
+        expected = f"0, or at least the {least} that are kept (--num-negatives), at most 100,000"
+        _check(self, "negative_pool", pool == 0 or least <= pool <= 100_000, expected)
         # Adam divides it by 1 - beta, which must not overflow float32.
         _check(self, "learning_rate", 0 < self.learning_rate <= 1e30, "a number above 0, at most 1e30")
         scale = self.init_scale

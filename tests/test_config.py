@@ -6,6 +6,7 @@ import pytest
 
 from fasttower.config import PRESETS, Config
 from fasttower.errors import FastTowerError
+from fasttower_kernels.settings import NegativeSettings
 
 
 @pytest.mark.parametrize(
@@ -50,6 +51,48 @@ from fasttower.errors import FastTowerError
 def test_values_out_of_range_are_named_by_their_flag(field, value):
     with pytest.raises(FastTowerError, match="--" + field.replace("_", "-")):
         Config(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"temperature": 0.0}, "--temperature is 0"),
+        ({"temperature": float("inf")}, "--temperature is inf"),
+        ({"calibration": -0.1}, "--calibration is -0.1"),
+        ({"item_l2": -1.0}, "--item-l2 is -1"),
+        ({"bias_l2": float("nan")}, "--bias-l2 is nan"),
+        ({"popularity_power": float("inf")}, "--popularity-power is inf"),
+        ({"popularity_power": -1.0}, "--popularity-power is -1"),
+        ({"block_size": 0}, "--block-size is 0"),
+        ({"block_size": 1 << 15}, "--block-size is 32768"),
+        ({"negative_pool": 9}, "--negative-pool is 9"),
+        ({"negative_pool": -1}, "--negative-pool is -1"),
+        (
+            {"negative_pool": 50, "negatives": "shared"},
+            "--negative-pool is 50; expected 0 with negatives that a block shares",
+        ),
+        ({"loss": "hinge"}, "--loss is hinge; expected one of bce, gbce, bpr, softmax"),
+        ({"negatives": "random"}, "--negatives is random; expected one of uniform"),
+        ({"similarity": "angle"}, "--similarity is angle; expected one of dot, cosine"),
+        ({"loss": "gbce", "negatives": "in-batch"}, "gbce .* not in-batch .*choose uniform or shared"),
+        ({"loss": "gbce", "negatives": "popularity"}, "gbce .* not popularity .*choose uniform or shared"),
+        ({"loss_scale": "pairs", "negatives": "mixed"}, "pairs .* mixed .*choose loss scale positives"),
+    ],
+)
+def test_losses_and_negatives(fields, said):
+    with pytest.raises(FastTowerError, match=said):
+        Config(**fields)
+
+
+def test_settings_of_the_steps():
+    config = Config(
+        loss="softmax", similarity="cosine", temperature=0.4, l2=(0.1,), bias_l2=0.3, negatives="popularity"
+    )
+    loss = config.loss_settings(0.1)
+    assert (loss.name, loss.similarity, loss.temperature) == ("softmax", "cosine", 0.4)
+    assert (loss.user_l2, loss.item_l2, loss.bias_l2) == (0.1, 0.1, 0.3)
+    assert dataclasses.replace(config, item_l2=0.0).loss_settings(0.1).item_l2 == 0
+    assert config.negative_settings == NegativeSettings("popularity", 10, 0, 0.75, 256)
 
 
 def test_one_l2_needs_no_tuple():

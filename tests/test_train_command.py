@@ -56,6 +56,25 @@ def test_a_run_from_a_file(csv, tmp_path, capsys):
     assert run.recommendations["user_id"].dtype == pl.String
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--loss softmax --negatives in-batch --similarity cosine --temperature 0.4 --l2 0",
+        "--loss softmax --negatives mixed --block-size 64",
+        "--loss bpr --negatives popularity --popularity-power 1",
+        "--loss gbce --calibration 0.5 --num-negatives 3",
+        "--negative-pool 50 --bias-l2 0.01 --item-l2 0",
+    ],
+)
+def test_losses_and_negatives(csv, tmp_path, capsys, flags):
+    assert command("--data", csv, "--run-dir", tmp_path / "run", *QUICK, *flags.split()) == 0
+    assert "NDCG@10" in capsys.readouterr().out
+    again = ("--config", tmp_path / "run" / "config.json", "--run-dir", tmp_path / "again", "--quiet")
+    assert command(*again) == 0
+    first, second = (fasttower.load_run(tmp_path / name) for name in ("run", "again"))
+    assert first.recommendations.equals(second.recommendations)
+
+
 def test_one_epoch_is_no_epochs(csv, tmp_path, capsys):
     assert command("--data", csv, "--run-dir", tmp_path / "run", *QUICK, "--epochs", 1) == 0
     assert "trained for 1 epoch with L2" in capsys.readouterr().out
@@ -128,6 +147,22 @@ def test_a_run_can_be_repeated_from_its_config(csv, tmp_path):
         (["--device", "cuda", "--strict-device"], "--device cuda"),
         (["--run-dir", str(ROOT)], "not empty"),
         (["--backend", "triton", "--device", "cpu"], "triton"),
+        (["--loss", "gbce", "--negatives", "in-batch"], "choose uniform or shared negatives, or loss bce"),
+        (["--loss-scale", "pairs", "--negatives", "shared"], "choose loss scale positives, or uniform"),
+        (
+            ["--similarity", "cosine", "--temperature", "0"],
+            "--temperature is 0.0; expected a finite number above 0",
+        ),
+        (["--negatives", "popularity", "--popularity-power", "inf"], "--popularity-power is inf"),
+        (
+            ["--num-negatives", "10", "--negative-pool", "9"],
+            "--negative-pool is 9; expected 0, or at least the 10",
+        ),
+        (["--negatives", "shared", "--negative-pool", "50"], "expected 0 with negatives that a block shares"),
+        (["--block-size", "0"], "--block-size is 0; expected 1 to 16,384"),
+        (["--calibration", "1.5"], "--calibration is 1.5"),
+        (["--loss", "hinge"], "hinge"),
+        (["--negatives", "random"], "random"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments, said, capsys):
@@ -271,7 +306,17 @@ def test_help_lists_every_flag_with_its_help(capsys):
         "--epochs",
         "--batch-size",
         "--embedding-dim",
+        "--loss",
+        "--calibration",
+        "--similarity",
+        "--temperature",
+        "--negatives",
         "--num-negatives",
+        "--negative-pool",
+        "--popularity-power",
+        "--block-size",
+        "--item-l2",
+        "--bias-l2",
         "--learning-rate",
         "--l2",
         "--item-bias",
