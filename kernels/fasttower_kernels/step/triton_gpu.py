@@ -1,4 +1,4 @@
-"""Many steps on a GPU: two launches a step, and no word from the host inside a call.
+"""Many steps on a GPU: two launches per step, and no word from the host inside a call.
 
 A step is the fused kernel and Adam: of a table all rows, or, lazily, those that the next batch reads, and
 all of them at the end of a call. Each finds its step in counters in device memory, derives the batch and
