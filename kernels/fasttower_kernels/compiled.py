@@ -63,10 +63,33 @@ SOURCES = _fingerprint()
 def entry_point(function: Function) -> Function:
     """Compile a function that Python calls, with the disk cache where there is a place for one."""
     try:
-        compiled: Function = njit(cache=True, nogil=True, **_LOOPS)(function)
+        compiled: Any = njit(cache=True, nogil=True, **_LOOPS)(function)
     except RuntimeError:  # neither the package's folder nor the user's cache folder can be written
         compiled = njit(nogil=True, **_LOOPS)(function)
-    return compiled
+    else:
+        _read_what_can_be_read(compiled)
+    entry: Function = compiled
+    return entry
+
+
+def _read_what_can_be_read(compiled: Any) -> None:  # noqa: ANN401 - numba's dispatchers have no type
+    """Take a cache file that cannot be read for one that is not there: compile anew, and write it anew.
+
+    It may be cut off, by a full disk or a kill, or name a class that another version of this package had.
+    """
+    file = compiled._cache._cache_file  # numba has no other way in
+
+    def forgiving(read: Callable[..., Any], otherwise: Callable[[], Any]) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:  # noqa: ANN401 - whatever is read
+            try:
+                return read(*arguments)
+            except Exception:  # whatever unpickling meets
+                return otherwise()
+
+        return run
+
+    file.load = forgiving(file.load, lambda: None)
+    file._load_index = forgiving(file._load_index, dict)  # read before it is written
 
 
 def chosen(stub: Callable[..., Any], compiled: Callable[[str], Callable[..., Any]]) -> None:

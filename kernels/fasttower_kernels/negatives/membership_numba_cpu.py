@@ -72,6 +72,12 @@ def items_row(user: int, starts: Array) -> tuple[int, int]:
 
 
 @njit(**OPTIONS)
+def bit_is_on(bits: Array, row: int, item: int) -> bool:
+    """Whether an item's (uint32) bit is on in the bitmap that begins at word ``row`` (uint64)."""
+    return (bits[row + uint64(item >> uint32(5))] >> (item & uint32(31))) & uint32(1) != uint32(0)
+
+
+@njit(**OPTIONS)
 def place(item: int, words: int, is_bitmap: bool) -> tuple[int, int]:
     """Which of a row's words (uint64) is an item's (uint32), and which bits of it: word and mask, uint32."""
     product = uint64(uint32(item * uint32(HASH_MULTIPLIER))) * words
@@ -109,13 +115,13 @@ def row_contains(begin: int, end: int, item: int, items: Array) -> bool:
 
 
 @njit(**OPTIONS)
-def untouched(user: int, rank: int, known: Membership) -> int:
+def untouched(user: int, rank: int, starts: Array, items: Array) -> int:
     """The item (uint32) of that rank among those that the user (uint64) has not touched: the gap search."""
-    begin, end = items_row(user, known.starts)
+    begin, end = items_row(user, starts)
     low, high = uint64(0), end - begin
     while low < high:
         middle = (low + high) >> uint64(1)
-        if uint64(known.items[begin + middle]) - middle <= uint64(rank):
+        if uint64(items[begin + middle]) - middle <= uint64(rank):
             low = middle + uint64(1)
         else:
             high = middle

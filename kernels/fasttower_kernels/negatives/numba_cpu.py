@@ -31,6 +31,7 @@ from fasttower_kernels.compiled import (
 from fasttower_kernels.known_positives import KnownPositives
 from fasttower_kernels.negatives.membership_numba_cpu import (
     Membership,
+    bit_is_on,
     bits_row,
     items_row,
     membership_of,
@@ -59,6 +60,7 @@ class TileDraws(NamedTuple):
         words: (rows * TILE,), uint32: in the user's row; not used where all rows are bitmaps.
         masks: the same.
         rows: (TILE,), uint64: the first words of the users' rows.
+        sizes: (TILE,), uint64: the numbers of their words; not used where all rows are bitmaps.
         free: (TILE,), uint32: how many items each user has not touched; with 0 the draws stay.
     """
 
@@ -66,6 +68,7 @@ class TileDraws(NamedTuple):
     words: Array
     masks: Array
     rows: Array
+    sizes: Array
     free: Array
 
 
@@ -115,6 +118,7 @@ def tile_draws(count: int) -> TileDraws:
         np.empty(slots, np.uint32),
         np.empty(slots, np.uint32),
         np.empty(slots, np.uint32),
+        np.empty(TILE, np.uint64),
         np.empty(TILE, np.uint64),
         np.empty(TILE, np.uint32),
     )
@@ -211,35 +215,33 @@ def locate_bits(
         known: the membership.
         exact: whether all its rows are bitmaps.
     """
-    sizes = np.empty(TILE, np.uint64)
+    # Fields that are used in a loop are named before it: each use would count a reference.
+    items, words, masks, rows, sizes, free = draws
+    starts, bitmap_words = known.starts, known.bitmap_words
     for w in range(uint64(TILE)):
         user = uint64(users[start + w])
-        draws.rows[w], sizes[w] = bits_row(user, known.starts)
-        begin, end = items_row(user, known.starts)
-        draws.free[w] = uint32(num_items - (end - begin))
+        if exact:
+            rows[w] = user * bitmap_words
+        else:
+            rows[w], sizes[w] = bits_row(user, starts)
+        begin, end = items_row(user, starts)
+        free[w] = uint32(num_items - (end - begin))
     if exact:  # a word and a mask are quickly had from the item
         return
     for k in range(uint64(1), count + uint64(1)):
         for w in range(uint64(TILE)):
             slot = k * uint64(TILE) + w
-            is_bitmap = sizes[w] == known.bitmap_words
-            draws.words[slot], draws.masks[slot] = place(draws.items[slot], sizes[w], is_bitmap)
-
-
-@njit(**OPTIONS)
-def _located(draws: TileDraws, slot: int, exact: bool) -> tuple[int, int]:
-    """The word in the user's row, and the mask, of a draw."""
-    if exact:
-        return place(draws.items[slot], uint64(0), exact)
-    return draws.words[slot], draws.masks[slot]
+            words[slot], masks[slot] = place(items[slot], sizes[w], sizes[w] == bitmap_words)
 
 
 @njit(**OPTIONS)
 def fetch_bits(draws: TileDraws, w: int, count: int, known: Membership, exact: bool) -> None:
     """Ask for the words that the draws of positive w are looked up in."""
+    items, words, _, rows, _, _ = draws
+    bits, row = known.bits, rows[w]
     for k in range(uint64(1), count + uint64(1)):
-        word, _ = _located(draws, k * uint64(TILE) + w, exact)
-        prefetch(known.bits, draws.rows[w] + uint64(word), 1)
+        slot = k * uint64(TILE) + w
+        prefetch(bits, row + uint64(items[slot] >> uint32(5) if exact else words[slot]), 1)
 
 
 @njit(**OPTIONS)
@@ -248,15 +250,20 @@ def find_hits(draws: TileDraws, size: int, count: int, known: Membership, exact:
 
     The draws of users who have touched every item stay out.
     """
+    items, words, masks, rows, _, free = draws
+    bits = known.bits
     found = uint64(0)
     for w in range(size):
-        if draws.free[w] == uint32(0):
+        if free[w] == uint32(0):
             continue
+        row = rows[w]
         for k in range(uint64(1), count + uint64(1)):
             slot = k * uint64(TILE) + w
-            word, mask = _located(draws, slot, exact)
             hits[found] = uint32(slot)
-            found += uint64(known.bits[draws.rows[w] + uint64(word)] & mask == mask)
+            if exact:
+                found += uint64(bit_is_on(bits, row, items[slot]))
+            else:
+                found += uint64(bits[row + uint64(words[slot])] & masks[slot] == masks[slot])
     return found
 
 
@@ -302,25 +309,19 @@ def draw_again(
 
 @njit(**OPTIONS)
 def fetch_hits(
-    hits: Array,
-    count: int,
-    drawn: Array,
-    users: Array,
-    start: int,
-    known: Membership,
-    exact: bool,
+    draws: TileDraws, hits: Array, count: int, drawn: Array, users: Array, start: int, known: Membership
 ) -> None:
     """Ask for what `redraw_touched` will read: rows to search in, and the bits of the draws after these."""
+    rows, sizes = draws.rows, draws.sizes
+    bits, starts, known_items, bitmap_words = known
     for i in range(count):
-        user = uint64(users[start + uint64(hits[i] & uint32(TILE - 1))])
-        row, size = bits_row(user, known.starts)
-        word, _ = place(drawn[i], size, exact or size == known.bitmap_words)
-        prefetch(known.bits, row + uint64(word), 1)
-        if not exact:
-            begin, end = items_row(user, known.starts)
-            quarter = (end - begin) >> uint64(2)
-            for part in range(uint64(1), uint64(4)):
-                prefetch(known.items, begin + part * quarter, 1)
+        w = uint64(hits[i] & uint32(TILE - 1))
+        word, _ = place(drawn[i], sizes[w], sizes[w] == bitmap_words)
+        prefetch(bits, rows[w] + uint64(word), 1)
+        begin, end = items_row(uint64(users[start + w]), starts)
+        quarter = (end - begin) >> uint64(2)
+        for part in range(uint64(1), uint64(4)):
+            prefetch(known_items, begin + part * quarter, 1)
 
 
 @njit(**OPTIONS)
@@ -388,7 +389,8 @@ def look_up(
     if exclude:
         found = find_hits(draws, size, count, known, exact, hits)
         draw_again(proposal, hits, found, drawn, positions, start, first, sampling, step, uint32(1))
-        fetch_hits(hits, found, drawn, users, start, known, exact)
+        if not exact:  # small bitmaps are near
+            fetch_hits(draws, hits, found, drawn, users, start, known)
     return found
 
 
@@ -415,36 +417,39 @@ def redraw_touched(
     Returns:
         How many were found by their rank among the untouched items, uint64; ``hits`` begins with their slots.
     """
+    items, _, _, rows, sizes, free = draws
+    bits, starts, known_items, bitmap_words = known
     attempt = uint32(1)
     while count:
-        if not exact:  # a filter's bits may be others'
+        if not exact:  # a filter's bits may be those of other items
             left = uint64(0)
             for i in range(count):
                 slot = hits[i]
-                user = uint64(users[start + uint64(slot & uint32(TILE - 1))])
-                _, size = bits_row(user, known.starts)
-                begin, end = items_row(user, known.starts)
+                w = uint64(slot & uint32(TILE - 1))
+                begin, end = items_row(uint64(users[start + w]), starts)
                 hits[left] = slot
                 drawn[left] = drawn[i]
-                is_touched = size == known.bitmap_words
-                is_touched = is_touched or row_contains(begin, end, draws.items[slot], known.items)
-                left += uint64(is_touched)
+                is_bitmap = sizes[w] == bitmap_words
+                left += uint64(is_bitmap or row_contains(begin, end, items[slot], known_items))
             count = left
         if attempt == uint32(ATTEMPTS):
             for i in range(count):
                 w = uint64(hits[i] & uint32(TILE - 1))
-                rank = below(drawn[i], uint64(draws.free[w]))
-                draws.items[hits[i]] = untouched(uint64(users[start + w]), rank, known)
+                rank = below(drawn[i], uint64(free[w]))
+                items[hits[i]] = untouched(uint64(users[start + w]), rank, starts, known_items)
             return count
         left = uint64(0)
         for i in range(count):
             slot = hits[i]
+            w = uint64(slot & uint32(TILE - 1))
             item = drawn[i]
-            row, size = bits_row(uint64(users[start + uint64(slot & uint32(TILE - 1))]), known.starts)
-            word, mask = place(item, size, exact or size == known.bitmap_words)
-            draws.items[slot] = item
+            items[slot] = item
             hits[left] = slot
-            left += uint64(known.bits[row + uint64(word)] & mask == mask)
+            if exact:
+                left += uint64(bit_is_on(bits, rows[w], item))
+            else:
+                word, mask = place(item, sizes[w], sizes[w] == bitmap_words)
+                left += uint64(bits[rows[w] + uint64(word)] & mask == mask)
         count = left
         attempt = uint32(attempt + uint32(1))
         draw_again(proposal, hits, count, drawn, positions, start, first, sampling, step, attempt)

@@ -163,11 +163,11 @@ def add_batch(
     x = np.empty(room, dtype=np.float32)
     norms = np.empty(uint64(2) * room if similarity == "cosine" else uint64(0), dtype=np.float32)
     state = new_tile()
-    weight = state.weight
+    weight, beta, value = state.weight, state.beta, state.value
     for i in range(len(x)):
         x[i] = float32(0)
-    for w in range(tile):
-        draws.free[w] = ahead.free[w] = uint32(sampling.num_items)
+    draws.free[:] = uint32(sampling.num_items)
+    ahead.free[:] = uint32(sampling.num_items)
     total = 0.0
     # The chunk at (start, sweep, first) is computed, and the next one's negatives are drawn.
     start, sweep, first, count = uint64(0), uint64(0), uint64(0), min(chunk, num_drawn)
@@ -195,16 +195,16 @@ def add_batch(
         )
     while start < size:
         draws, ahead = ahead, draws
-        items = draws.items
+        items, free = draws.items, draws.free
         here = min(tile, size - start)
         last = first + count == num_drawn
         if first == uint64(0) and sweep == uint64(0):
             for w in range(tile):
-                weight[w] = scales.weight if w < here and draws.free[w] != uint32(0) else float32(0)
+                weight[w] = scales.weight if w < here and free[w] != uint32(0) else float32(0)
             if loss == "gbce":
                 for w in range(here):
-                    share = min(float32(kept) / float32(max(draws.free[w], uint32(1))), float32(1))
-                    state.beta[w] = float32(1) - calibration * (float32(1) - share)
+                    share = min(float32(kept) / float32(max(free[w], uint32(1))), float32(1))
+                    beta[w] = float32(1) - calibration * (float32(1) - share)
         for w in range(tile):  # row 0 is the positive's: scored first, and scattered in the last chunk
             items[w] = positives[start + w]
         by_rank = redraw_touched(
@@ -272,7 +272,7 @@ def add_batch(
                 x,
                 items,
                 users,
-                draws.free,
+                free,
                 start,
                 here,
                 scored,
@@ -291,7 +291,7 @@ def add_batch(
             slopes(loss)(x, end, last, state)
             for w in range(here):
                 if weight[w] != float32(0):
-                    total += state.value[w]
+                    total += value[w]
         if next_start < size:
             found = look_up(
                 proposal,

@@ -46,13 +46,6 @@ class Ahead(NamedTuple):
     known: Any
 
 
-@njit(**OPTIONS)
-def _fetch_ahead(ahead: Any, w: int, exact: bool) -> None:
-    fetch_bits(ahead.draws, w, ahead.count, ahead.known, exact)
-    # Where the bits of the draws after those are.
-    prefetch(ahead.known.starts, uint64(2) * uint64(ahead.users[w]), 4)
-
-
 @njit(**_OPTIONS)
 def _score_by_dot(
     x: Array,
@@ -93,9 +86,13 @@ def _score_by_dot(
     """
     user_table, item_table, item_bias = parameters
     tile = uint64(TILE)
+    coming, coming_count, coming_users, known = ahead
+    starts = known.starts
     for w in range(size):
         if exclude:
-            _fetch_ahead(ahead, w, exact)
+            fetch_bits(coming, w, coming_count, known, exact)
+            # Where the bits of the draws after those are.
+            prefetch(starts, uint64(2) * uint64(coming_users[w]), 4)
         u = load_row(user_table, uint64(rows[start + w]), width)
         for k in range(begin, end):
             item = uint64(items[k * tile + w])
@@ -126,9 +123,13 @@ def _score_by_cosine(
     user_table, item_table, item_bias = parameters
     tile = uint64(TILE)
     half = uint64(len(norms) // 2)
+    coming, coming_count, coming_users, known = ahead
+    starts = known.starts
     for w in range(size):
         if exclude:
-            _fetch_ahead(ahead, w, exact)
+            fetch_bits(coming, w, coming_count, known, exact)
+            # Where the bits of the draws after those are.
+            prefetch(starts, uint64(2) * uint64(coming_users[w]), 4)
         u = load_row(user_table, uint64(rows[start + w]), width)
         u = scaled(inverse_norm(u) / temperature, u)
         for k in range(begin, end):
@@ -146,6 +147,15 @@ def _score_by_cosine(
 def _prefetch_user(user_table: Array, user_gradient: Array, row: int, width: int) -> None:
     prefetch(user_table, row * uint64(width), width)
     prefetch(user_gradient, row * uint64(width), width)
+
+
+@njit(**_OPTIONS)
+def _add_bias_l2(
+    items: Array, w: int, begin: int, end: int, item_bias: Array, bias_gradient: Array, l2: float
+) -> None:
+    for k in range(begin, end):
+        item = uint64(items[k * uint64(TILE) + w])
+        bias_gradient[item] += l2 * item_bias[item]
 
 
 @njit(**_OPTIONS)
@@ -207,7 +217,9 @@ def _gradient_by_dot(
             store_row(item_gradient, item, dv)
             du = add_scaled(du, g, v)
             if has_bias:
-                bias_gradient[item] += g + scales.bias_l2 * item_bias[item] if has_l2 else g
+                bias_gradient[item] += g
+        if has_bias and has_l2 and scales.bias_l2 != float32(0):
+            _add_bias_l2(items, w, begin, end, item_bias, bias_gradient, scales.bias_l2)
         # The old gradient comes last: nothing waits for it to arrive from memory.
         store_row(user_gradient, row, add_scaled(load_row(user_gradient, row, width), float32(1), du))
 
@@ -256,7 +268,9 @@ def _gradient_by_cosine(
             store_row(item_gradient, item, dv)
             du = add_scaled(du, g * inverse, v)
             if has_bias:
-                bias_gradient[item] += g + scales.bias_l2 * item_bias[item] if has_l2 else g
+                bias_gradient[item] += g
+        if has_bias and has_l2 and scales.bias_l2 != float32(0):
+            _add_bias_l2(items, w, begin, end, item_bias, bias_gradient, scales.bias_l2)
         du = through_norm(du, read, of_user, temperature)
         if has_l2 and begin == uint64(0):
             du = add_scaled(du, scales.user_l2, u)
