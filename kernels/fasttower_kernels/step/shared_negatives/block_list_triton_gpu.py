@@ -10,8 +10,7 @@ thousand items nearly every 32-byte sector of the row is read, each once from me
 row (3.3 KB), which the matrix products of 512 items outweigh. Without a bitmap a pair searches the user's
 sorted items, log2(degree) loads. Walking the user's items instead, each searched in the block's sorted list,
 takes degree * log2(M) loads where this takes M * log2(degree): as many where a list is as long as a user's
-row, and it would need a sort for each block. This is arithmetic, not a
-measurement.
+row, and it would need a sort for each block. This is arithmetic, not a measurement.
 """
 
 # Constants of a kernel are written in capitals, and arguments get their types when it is launched.
