@@ -264,9 +264,9 @@ def test_auto_goes_by_the_sizes():
 @pytest.mark.parametrize(
     ("negatives", "lazy"),
     [  # of 10,000 users and 50,000 items a batch of 1,000 may touch at most 20,000 rows for lazy Adam
-        (NegativeSettings(count=17), True),
-        (NegativeSettings(count=18), False),
-        (NegativeSettings(count=10, pool=18), False),
+        (NegativeSettings(count=18), True),
+        (NegativeSettings(count=19), False),
+        (NegativeSettings(count=10, pool=19), False),
         (NegativeSettings("in-batch", count=18), True),
         (NegativeSettings("shared", count=4500, block_size=256), True),  # 4 blocks
         (NegativeSettings("shared", count=4501, block_size=256), False),

@@ -17,9 +17,12 @@ def make_negatives(settings, batch):
     """The batch's own pairs are known, and one user has two rare items left: the gap search runs."""
     known = make_known()
     users = torch.repeat_interleave(torch.arange(NUM_USERS), known.degrees)
-    others = torch.arange(NUM_ITEMS - 2)
+    user = int(batch.user_index[-1])
+    own = batch.item_index[batch.user_index == user].tolist()
+    left = [item for item in range(NUM_ITEMS) if item not in own][-2:]
+    others = torch.tensor([item for item in range(NUM_ITEMS) if item not in left])
     known = KnownPositives.from_pairs(
-        torch.cat([users, batch.user_index, torch.full_like(others, 3)]),
+        torch.cat([users, batch.user_index, torch.full_like(others, user)]),
         torch.cat([known.items, batch.item_index, others]),
         NUM_USERS,
         NUM_ITEMS,
