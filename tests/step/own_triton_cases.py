@@ -128,19 +128,12 @@ def test_short_vectors_and_large_logits(similarity):
         assert error(result, expected) < 4 * error(other, expected)
 
 
+SETTINGS = StepSettings(0.05, 10, 9, LossSettings("softmax", **L2), NegativeSettings(count=3))
 STEPS = {
-    "own": StepSettings(0.05, 10, 9, LossSettings("softmax", **L2), NegativeSettings(count=3)),
-    "own, cosine, lazy": StepSettings(
-        0.05,
-        10,
-        9,
-        LossSettings("softmax", similarity="cosine", temperature=0.4),
-        NegativeSettings(count=3),
-        optimiser="lazy_adam",
-    ),
-    "in-batch": StepSettings(
-        0.05, 10, 9, LossSettings("softmax", **L2), NegativeSettings("in-batch", block_size=4)
-    ),
+    "own": SETTINGS,
+    "own, cosine, lazy": replace(SETTINGS, loss=LOSSES["softmax, cosine"], optimiser="lazy_adam"),
+    "in-batch": replace(SETTINGS, negatives=NegativeSettings("in-batch", block_size=4)),
+    "mixed": replace(SETTINGS, negatives=NegativeSettings("mixed", count=3, block_size=4)),
 }
 
 
