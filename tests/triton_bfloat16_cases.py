@@ -128,7 +128,7 @@ def test_single_steps(dim, bias, optimiser, deterministic):
         (LazyTables(False, False), False),
         (LazyTables(False, False), True),
         (LazyTables(True, True), False),
-        (LazyTables(True, False), False),
+        pytest.param(LazyTables(True, False), False, marks=pytest.mark.slow),
         (LazyTables(False, True), False),
     ],
 )

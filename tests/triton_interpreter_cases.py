@@ -325,7 +325,7 @@ def test_collisions(guarded, deterministic):
     check_gradients(*call, bound=2e-6, deterministic=deterministic)
 
 
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("bias", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "rows",
     [
@@ -764,7 +764,8 @@ def test_lazy_steps(guarded, monkeypatch):
 
 @pytest.mark.usefixtures("large_programs")
 @pytest.mark.parametrize(
-    ("num_negatives", "bias", "deterministic"), [(0, True, False), (5, False, False), (2, True, True)]
+    ("num_negatives", "bias", "deterministic"),
+    [(0, True, False), pytest.param(5, False, False, marks=pytest.mark.slow), (2, True, True)],
 )
 def test_lazy_steps_of_other_kinds(guarded, num_negatives, bias, deterministic):
     check_lazy_steps(guarded, 5, (5,), num_negatives=num_negatives, bias=bias, deterministic=deterministic)
@@ -774,7 +775,11 @@ def test_lazy_steps_of_other_kinds(guarded, num_negatives, bias, deterministic):
 @pytest.mark.parametrize("one_lazy_table", ["users", "items"], indirect=True)
 @pytest.mark.parametrize(
     ("calls", "num_negatives", "bias", "deterministic"),
-    [((4, 1), 2, True, False), ((5,), 5, False, False), ((1, 4), 0, True, True)],
+    [
+        ((4, 1), 2, True, False),
+        pytest.param((5,), 5, False, False, marks=pytest.mark.slow),
+        ((1, 4), 0, True, True),
+    ],
 )
 def test_steps_of_one_lazy_table(
     guarded, monkeypatch, one_lazy_table, calls, num_negatives, bias, deterministic
