@@ -18,6 +18,10 @@ from fasttower_kernels.errors import FastTowerError
 TESTS = Path(__file__).parent
 CASES = TESTS / "triton_interpreter_cases.py"
 BFLOAT16_CASES = TESTS / "triton_bfloat16_cases.py"
+LOSS_CASES = TESTS / "step" / "own_triton_cases.py"
+ALL_CASES = pytest.mark.parametrize(
+    "cases", [CASES, BFLOAT16_CASES, LOSS_CASES], ids=["float32", "bfloat16", "losses"]
+)
 needs_triton = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="Triton is not installed")
 
 
@@ -36,15 +40,16 @@ def run_cases(cases, *arguments):
 
 
 @needs_triton
-@pytest.mark.parametrize("cases", [CASES, BFLOAT16_CASES], ids=["float32", "bfloat16"])
+@ALL_CASES
 def test_kernels(cases):
     run_cases(cases)
 
 
 @needs_triton
 @pytest.mark.slow
-def test_kernels_in_more_shapes():
-    run_cases(CASES, "-m", "slow")
+@ALL_CASES
+def test_kernels_in_more_shapes(cases):
+    run_cases(cases, "-m", "slow")
 
 
 def test_triton_is_not_for_the_cpu():
