@@ -60,6 +60,8 @@ BATCH_SIZES = (65_536, 8_192, 1_024)
 NUM_NEGATIVES = 10
 BCE = LossSettings(user_l2=0.01, item_l2=0.01)
 SOFTMAX = replace(BCE, name="softmax")
+OWN = NegativeSettings(count=NUM_NEGATIVES)
+IN_BATCH = NegativeSettings("in-batch", block_size=512)
 LEARNING_RATE = 1e-3
 PARTIAL_POSITIVES = 400_000  # trained in one run of the variants that do not run a whole epoch
 
@@ -77,7 +79,7 @@ class Fused:
     graphs: bool = True
     deterministic: bool = False
     loss: LossSettings = BCE
-    negatives: NegativeSettings = NegativeSettings(count=NUM_NEGATIVES)
+    negatives: NegativeSettings = OWN
 
     @property
     def whole_epoch(self) -> bool:
@@ -187,7 +189,7 @@ GROUPS: tuple[dict[str, Fused | Plain], ...] = (
     },
     {
         "softmax": Fused(loss=SOFTMAX),
-        "softmax in-batch": Fused(loss=SOFTMAX, negatives=NegativeSettings("in-batch", block_size=512)),
+        "softmax in-batch": Fused(loss=SOFTMAX, negatives=IN_BATCH),
     },
     {"eager": Plain()},
     {"compiled": Plain(compiled=True)},
