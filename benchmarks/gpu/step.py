@@ -52,7 +52,7 @@ from benchmarks.gpu.timing import best_seconds, copy_bytes_per_s, wait
 from fasttower_kernels.known_positives import KnownPositives
 from fasttower_kernels.negatives import Negatives
 from fasttower_kernels.negatives import triton_gpu as negatives_triton
-from fasttower_kernels.settings import LossSettings, NegativeSettings, StepSettings
+from fasttower_kernels.settings import LossSettings, NegativeSettings, Optimiser, StepSettings, TableDtype
 from fasttower_kernels.step import TrainState, steps_per_epoch, triton_gpu
 from fasttower_kernels.tables import padded
 
@@ -73,8 +73,8 @@ Steps = Callable[[int], object]
 class Fused:
     """A variant of the Triton backend; see the module."""
 
-    optimiser: str = "adam"
-    table_dtype: str = "float32"
+    optimiser: Optimiser = "adam"
+    table_dtype: TableDtype = "float32"
     exclusion: str | None = "bitmaps"
     graphs: bool = True
     deterministic: bool = False
