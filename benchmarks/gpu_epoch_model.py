@@ -29,7 +29,7 @@ import torch
 
 from fasttower.data.synthetic import LARGEST_HISTORY, SHAPES
 from fasttower_kernels.adam.lazy_reference import MOST_REPLAYED
-from fasttower_kernels.train_steps import steps_per_epoch
+from fasttower_kernels.step import steps_per_epoch
 
 SHAPE, DIM, NUM_NEGATIVES = SHAPES["synthetic-20m"], 64, 10
 GOALS_S = {65_536: 0.06, 8_192: 0.10, 1_024: 0.25}  # by the positives in a batch

@@ -9,24 +9,27 @@ programs are partly empty.
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import torch
 
 from benchmarks.gpu.data import Positives, draw_shape
-from benchmarks.gpu.step import Fused
+from benchmarks.gpu.step import BCE, SOFTMAX, Fused
 from benchmarks.gpu.timing import wait
 from fasttower.data.synthetic import Shape
+from fasttower_kernels.negatives import Negatives
 from fasttower_kernels.negatives import triton_gpu as negatives_triton
 from fasttower_kernels.philox import seed_key
-from fasttower_kernels.sampled_bce import LossSettings
-from fasttower_kernels.sampled_bce import triton_gpu as bce_triton
+from fasttower_kernels.settings import NegativeSettings
 from fasttower_kernels.shuffle import triton_gpu as shuffle_triton
-from fasttower_kernels.train_steps import steps_per_epoch
+from fasttower_kernels.step import steps_per_epoch
+from fasttower_kernels.step.gradients import triton_gpu as gradients_triton
 
 SHAPE = Shape(users=499, items=301, ratings=2_003, min_ratings=1)
 BATCH_SIZE = 199
 DIMS = (64, 13)
 KEY = seed_key(7)
+MIXED = NegativeSettings("mixed", count=37, block_size=64)
 
 
 def step_cases() -> list[Fused]:
@@ -34,6 +37,11 @@ def step_cases() -> list[Fused]:
     kinds = itertools.product(("adam", "lazy_adam"), ("float32", "bfloat16"))
     launched = [Fused(*kind, graphs=False) for kind in kinds]
     others = [
+        Fused(loss=SOFTMAX, negatives=MIXED, graphs=False),
+        Fused(loss=replace(SOFTMAX, similarity="cosine"), negatives=MIXED, graphs=False),
+        Fused(table_dtype="bfloat16", loss=SOFTMAX, negatives=MIXED, graphs=False),
+        *(Fused(loss=replace(BCE, name=name), graphs=False) for name in ("gbce", "bpr", "softmax")),
+        Fused(loss=replace(BCE, similarity="cosine"), graphs=False),
         Fused(exclusion="filters", graphs=False),
         Fused("lazy_adam", exclusion="filters", graphs=False),
         Fused(exclusion=None, graphs=False),
@@ -62,7 +70,9 @@ def single_kernels(positives: Positives) -> None:
         )
     )
     tables = positives.start_tables(13)
-    check(bce_triton.bce_sum(tables, positives.interactions, known, LossSettings(7), key=KEY, step=0))
+    for settings in (NegativeSettings(count=7), MIXED):
+        negatives = Negatives.of(settings, positives.interactions, known.num_users, known.num_items, known)
+        check(gradients_triton.loss_sum(tables, positives.interactions, negatives, BCE, key=KEY, step=0))
 
 
 def main() -> None:

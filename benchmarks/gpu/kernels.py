@@ -22,7 +22,7 @@ from benchmarks.gpu.data import draw
 from benchmarks.gpu.results import Results
 from benchmarks.gpu.step import BATCH_SIZES, Fused, Steps
 from benchmarks.gpu.timing import best_seconds, wait
-from fasttower_kernels.train_steps import steps_per_epoch
+from fasttower_kernels.step import steps_per_epoch
 
 DATA, DIM = "synthetic-20m", 64
 MOST_STEPS = 320  # a graph of steps ten times

@@ -5,13 +5,16 @@
 
 One row per variant and shape goes to FOLDER/step.json as soon as it is measured. A row holds the fastest of
 up to three runs, of a whole epoch or, where ``steps`` is fewer than ``epoch_steps``, of these steps, from
-which the epoch follows. Every fused variant has an item bias, L2 and CUDA graphs:
+which the epoch follows. Every fused variant has an item bias, L2 and CUDA graphs, and but for the softmax
+ones BCE with 10 negatives of each positive's own:
 
     auto                 the optimiser that the sizes choose
     dense                Adam over whole tables; negatives leave known positives out by bitmaps
     lazy                 Adam only for the rows in use; all rows at the end of the run
     dense bf16           the same with bfloat16 user and item vectors under float32 tables
     lazy bf16            likewise
+    softmax              dense, with the sampled softmax of 10 negatives of each positive's own
+    softmax in-batch     dense, blocks of 512 positives scored against the block's own 512 items
     dense launched       without graphs
     dense filters        known positives left out by hashed filters and searches instead of bitmaps
     dense catalogue      negatives from the whole catalogue
@@ -26,7 +29,7 @@ Traffic counts what the step must read and write if nothing stayed in a cache: 1
 and item vector (read, and read and written to add its gradient) and of each item's bias, 8 bytes per
 positive, a sector of 32 bytes per negative for the bitmaps, and Adam's 32 bytes per parameter; with bfloat16
 vectors 10 bytes per float of a vector, and 34 per parameter. Where the tables fit in L2 it may pass 1. Only
-dense variants with bitmaps have one.
+dense variants with BCE and bitmaps have one.
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +50,18 @@ from benchmarks.gpu.data import Positives, draw
 from benchmarks.gpu.results import Results
 from benchmarks.gpu.timing import best_seconds, copy_bytes_per_s, wait
 from fasttower_kernels.known_positives import KnownPositives
+from fasttower_kernels.negatives import Negatives
 from fasttower_kernels.negatives import triton_gpu as negatives_triton
-from fasttower_kernels.sampled_bce import LossSettings
+from fasttower_kernels.settings import LossSettings, NegativeSettings, Optimiser, StepSettings, TableDtype
+from fasttower_kernels.step import TrainState, steps_per_epoch, triton_gpu
 from fasttower_kernels.tables import padded
-from fasttower_kernels.train_steps import StepSettings, TrainState, steps_per_epoch, triton_gpu
 
 BATCH_SIZES = (65_536, 8_192, 1_024)
 NUM_NEGATIVES = 10
+BCE = LossSettings(user_l2=0.01, item_l2=0.01)
+SOFTMAX = replace(BCE, name="softmax")
+OWN = NegativeSettings(count=NUM_NEGATIVES)
+IN_BATCH = NegativeSettings("in-batch", block_size=512)
 LEARNING_RATE = 1e-3
 PARTIAL_POSITIVES = 400_000  # trained in one run of the variants that do not run a whole epoch
 
@@ -65,11 +73,13 @@ Steps = Callable[[int], object]
 class Fused:
     """A variant of the Triton backend; see the module."""
 
-    optimiser: str = "adam"
-    table_dtype: str = "float32"
+    optimiser: Optimiser = "adam"
+    table_dtype: TableDtype = "float32"
     exclusion: str | None = "bitmaps"
     graphs: bool = True
     deterministic: bool = False
+    loss: LossSettings = BCE
+    negatives: NegativeSettings = OWN
 
     @property
     def whole_epoch(self) -> bool:
@@ -78,35 +88,30 @@ class Fused:
 
     def steps(self, positives: Positives, dim: int, batch_size: int) -> Steps:
         """A new model, and what trains it."""
-        loss = LossSettings(NUM_NEGATIVES, l2=0.01)
-        settings = StepSettings(loss, LEARNING_RATE, batch_size, 0, self.optimiser, self.table_dtype)
+        settings = StepSettings(
+            LEARNING_RATE,
+            batch_size,
+            0,
+            self.loss,
+            self.negatives,
+            self.optimiser,
+            self.table_dtype,
+            self.deterministic,
+        )
         state = TrainState.start(positives.start_tables(dim))
-        known = positives.known
+        known, interactions = positives.known, positives.interactions
         if self.exclusion == "filters":
             # A copy, without the bitmaps that the other one has.
             known = KnownPositives(known.indptr, known.items, known.num_items)
         excluded = known if self.exclusion else None
-
-        def run(num_steps: int) -> Tensor:
-            torch.use_deterministic_algorithms(self.deterministic)
-            with _largest_bitmap(0) if self.exclusion == "filters" else contextlib.nullcontext():
-                bce = triton_gpu.run_steps(
-                    state,
-                    positives.interactions,
-                    excluded,
-                    settings,
-                    first_step=0,
-                    num_steps=num_steps,
-                    graphs=self.graphs,
-                )
-            torch.use_deterministic_algorithms(False)
-            return bce
-
-        return run
+        negatives = Negatives.of(self.negatives, interactions, known.num_users, known.num_items, excluded)
+        with _largest_bitmap(0) if self.exclusion == "filters" else contextlib.nullcontext():
+            steps = triton_gpu.Steps(state, interactions, negatives, settings, graphs=self.graphs)
+        return lambda num_steps: steps.run(0, num_steps)
 
     def traffic_bytes(self, positives: Positives, dim: int, batch_size: int) -> int | None:
         """What a step moves; see the module."""
-        if self.optimiser != "adam" or self.exclusion != "bitmaps" or self.deterministic:
+        if self != Fused(table_dtype=self.table_dtype, graphs=self.graphs):
             return None
         rounded, width, pairs = self.table_dtype == "bfloat16", padded(dim), 1 + NUM_NEGATIVES
         vectors = (10 if rounded else 12) * width * (1 + pairs) * batch_size
@@ -181,6 +186,10 @@ GROUPS: tuple[dict[str, Fused | Plain], ...] = (
         "auto": Fused("auto"),
         "dense bf16": Fused(table_dtype="bfloat16"),
         "lazy bf16": Fused("lazy_adam", "bfloat16"),
+    },
+    {
+        "softmax": Fused(loss=SOFTMAX),
+        "softmax in-batch": Fused(loss=SOFTMAX, negatives=IN_BATCH),
     },
     {"eager": Plain()},
     {"compiled": Plain(compiled=True)},

@@ -1,13 +1,14 @@
-"""What the tests on a GPU share: known positives, tables, batches and the relative error."""
+"""What the tests on a GPU share: known positives, tables, batches, negatives and the relative error."""
 
 import os
 
 import torch
 
 from fasttower_kernels.known_positives import KnownPositives
+from fasttower_kernels.negatives import Negatives
 from fasttower_kernels.philox import seed_key
+from fasttower_kernels.step import TrainState
 from fasttower_kernels.tables import Interactions, Tables, padded
-from fasttower_kernels.train_steps import TrainState
 
 DEVICE = torch.device("cuda")
 KEY = seed_key(0xFEDCBA9876543210 >> 1)
@@ -42,6 +43,10 @@ def make_batch(size, num_users=NUM_USERS, num_items=NUM_ITEMS):
         torch.randint(n, (size,), generator=generator, dtype=torch.int32) for n in (num_users, num_items)
     )
     return Interactions(users.to(DEVICE), items.to(DEVICE))
+
+
+def make_negatives(settings, interactions, tables, known=None):
+    return Negatives.of(settings, interactions, len(tables.users), len(tables.items), known)
 
 
 def start_state(tables):

@@ -1,6 +1,7 @@
 """Single Triton kernels on a GPU: against the reference, and races, which no interpreter shows."""
 
 import importlib.util
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,18 +15,19 @@ from gpu_cases import (
     leave_a_lost_device,
     make_batch,
     make_known,
+    make_negatives,
     make_tables,
 )
 
 from fasttower_kernels.adam import reference as adam_reference
 from fasttower_kernels.known_positives import KnownPositives
 from fasttower_kernels.negatives import reference as negatives_reference
-from fasttower_kernels.sampled_bce import LossSettings
-from fasttower_kernels.sampled_bce import reference as bce_reference
+from fasttower_kernels.settings import LossSettings, NegativeSettings
 from fasttower_kernels.shuffle import epoch_key
 from fasttower_kernels.shuffle import reference as shuffle_reference
+from fasttower_kernels.step import TrainState
+from fasttower_kernels.step.gradients import reference
 from fasttower_kernels.tables import Interactions, Tables
-from fasttower_kernels.train_steps import TrainState
 
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device: torch.cuda.is_available() is False", allow_module_level=True)
@@ -37,15 +39,22 @@ import triton.language as tl
 
 from fasttower_kernels.adam import triton_gpu as adam_triton
 from fasttower_kernels.negatives import triton_gpu as negatives_triton
-from fasttower_kernels.sampled_bce import triton_gpu as bce_triton
 from fasttower_kernels.shuffle import triton_gpu as shuffle_triton
-from fasttower_kernels.train_steps import lazy_triton_gpu
+from fasttower_kernels.step import lazy_triton_gpu
+from fasttower_kernels.step.gradients import triton_gpu
+from fasttower_kernels.step.own_negatives import triton_gpu as own_triton
+
+LOSSES = {
+    "bce": LossSettings(user_l2=0.3, item_l2=0.2, bias_l2=0.1),
+    "gbce": LossSettings("gbce", user_l2=0.3, item_l2=0.2, bias_l2=0.1),
+    "bpr": LossSettings("bpr", user_l2=0.3, item_l2=0.2, bias_l2=0.1),
+    "softmax": LossSettings("softmax", user_l2=0.3, item_l2=0.2, bias_l2=0.1),
+}
 
 
 @pytest.fixture(autouse=True)
-def _modes():
+def _device():
     yield
-    torch.use_deterministic_algorithms(False)
     leave_a_lost_device()
 
 
@@ -97,13 +106,15 @@ def test_a_search_in_long_rows_excludes_what_the_bitmap_does(monkeypatch):
     assert not bool(touched[users.long()[:, None], drawn[0]].any())
 
 
-def check_gradients(tables, batch, known, settings, *, deterministic=False, bound=2e-6):
+def check_gradients(tables, batch, negatives, loss, *, deterministic=False, bound=2e-6):
     oracle, gradients = doubled(tables).zeros_like(), tables.zeros_like()
-    bce = bce_reference.train_step(doubled(tables), oracle, batch, known, settings, key=KEY, step=3)
-    torch.use_deterministic_algorithms(deterministic)
-    result = bce_triton.train_step(tables, gradients, batch, known, settings, key=KEY, step=3)
-    torch.use_deterministic_algorithms(False)
-    assert float(result) == pytest.approx(float(bce), rel=1e-6)
+    expected = reference.add_gradients(doubled(tables), oracle, batch, negatives, loss, key=KEY, step=3)
+    call = tables, gradients, batch, negatives, loss
+    if deterministic:
+        value = own_triton.run_batch(*call, key=KEY, step=3, deterministic=True)
+    else:
+        value = triton_gpu.add_gradients(*call, key=KEY, step=3)
+    assert float(value) == pytest.approx(float(expected), rel=1e-6)
     for gradient, right in zip(gradients, oracle, strict=True):
         assert error(gradient, right) < bound
 
@@ -111,19 +122,53 @@ def check_gradients(tables, batch, known, settings, *, deterministic=False, boun
 @pytest.mark.parametrize("dim", [1, 3, 16, 64, 100, 128, 256, 512])
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_gradients(dim, known, deterministic):
-    check_gradients(
-        make_tables(dim), make_batch(1009), known, LossSettings(10, 0.1), deterministic=deterministic
-    )
+    tables, batch, loss = make_tables(dim), make_batch(1009), LossSettings(user_l2=0.1, item_l2=0.1)
+    negatives = make_negatives(NegativeSettings(count=10), batch, tables, known)
+    check_gradients(tables, batch, negatives, loss, deterministic=deterministic)
 
 
 @pytest.mark.parametrize(
-    ("num_negatives", "settings", "bias"),
-    [(0, {"l2": 0.1}, True), (3, {"loss_scale": "pairs"}, False), (5, {"l2": 0.2}, False), (101, {}, True)],
+    ("count", "loss", "bias"),
+    [
+        (0, LossSettings(user_l2=0.1, item_l2=0.1), True),
+        (3, LossSettings(scale="pairs"), False),
+        (5, LossSettings(user_l2=0.2, item_l2=0.2), False),
+        (101, LossSettings(), True),
+    ],
 )
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_gradients_of_other_losses(num_negatives, settings, bias, deterministic):
-    tables, settings = make_tables(16, bias=bias), LossSettings(num_negatives, **settings)
-    check_gradients(tables, make_batch(501), make_known(), settings, deterministic=deterministic)
+def test_gradients_of_other_sizes(count, loss, bias, deterministic):
+    tables, batch = make_tables(16, bias=bias), make_batch(501)
+    negatives = make_negatives(NegativeSettings(count=count), batch, tables, make_known())
+    check_gradients(tables, batch, negatives, loss, deterministic=deterministic)
+
+
+@pytest.mark.parametrize("dim", [16, 64])
+@pytest.mark.parametrize("similarity", ["dot", "cosine"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_gradients_of_each_loss(known, dim, similarity, loss):
+    tables, batch = make_tables(dim), make_batch(1009)
+    negatives = make_negatives(NegativeSettings(count=10), batch, tables, known)
+    check_gradients(tables, batch, negatives, replace(LOSSES[loss], similarity=similarity))
+
+
+@pytest.mark.parametrize("name", ["gbce", "bpr", "softmax"])
+def test_deterministic_gradients_of_each_loss(name):
+    tables, batch, loss = make_tables(64), make_batch(1009), replace(LOSSES[name], bias_l2=0)
+    negatives = make_negatives(NegativeSettings(count=10), batch, tables, make_known())
+    check_gradients(tables, batch, negatives, loss, deterministic=True)
+
+
+@pytest.mark.parametrize("dim", [16, 64, 128])
+@pytest.mark.parametrize("proposal", ["in-batch", "mixed", "shared"])
+@pytest.mark.parametrize("similarity", ["dot", "cosine"])
+@pytest.mark.parametrize("loss", ["softmax", "bce"])
+def test_gradients_of_shared_negatives(dim, proposal, similarity, loss):
+    # Four blocks, the last one short, and lists that are no multiple of a tile.
+    tables, batch = make_tables(dim), make_batch(1009)
+    settings = NegativeSettings(proposal, count=101, block_size=300)
+    negatives = make_negatives(settings, batch, tables, make_known())
+    check_gradients(tables, batch, negatives, replace(LOSSES[loss], similarity=similarity))
 
 
 def test_gradients_of_a_large_batch():
@@ -135,43 +180,55 @@ def test_gradients_of_a_large_batch():
         for power, n in ((2, num_users), (3, num_items))
     )
     tables = make_tables(64, num_users, num_items)
-    check_gradients(tables, Interactions(users, items), None, LossSettings(10, 0.01), bound=2e-5)
+    batch, loss = Interactions(users, items), LossSettings(user_l2=0.01, item_l2=0.01)
+    negatives = make_negatives(NegativeSettings(count=10), batch, tables)
+    check_gradients(tables, batch, negatives, loss, bound=2e-5)
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_gradients_of_gathered_users(known, deterministic):
     # Row b of the user table belongs to position b; the user only says what is left out.
-    batch, settings, tables = make_batch(333), LossSettings(5, 0.2), make_tables(20, num_users=333)
+    batch, tables = make_batch(333), make_tables(20, num_users=333)
+    negatives = make_negatives(NegativeSettings(count=5), batch, tables, known)
+    loss, draw = LossSettings(user_l2=0.2, item_l2=0.2), {"key": KEY, "step": 3}
     users, items = (table.double().requires_grad_() for table in (tables.users, tables.items))
-    bce_reference.batch_loss(
-        users, items, tables.item_bias.double(), batch, known, settings, key=KEY, step=3
-    ).backward()
+    total, _ = reference.batch_loss(users, items, tables.item_bias.double(), batch, negatives, loss, **draw)
+    total.backward()
     gradients = tables.zeros_like()
-    torch.use_deterministic_algorithms(deterministic)
-    bce_triton.train_step(tables, gradients, batch, known, settings, key=KEY, step=3, gathered=True)
+    call = tables, gradients, batch, negatives, loss
+    own_triton.run_batch(*call, **draw, gathered=True, deterministic=deterministic)
     assert error(gradients.users, users.grad) < 2e-6
     assert error(gradients.items, items.grad) < 2e-6
 
 
 @pytest.mark.parametrize("dim", [5, 64])
-def test_the_loss_without_gradients(known, dim):
-    tables, batch, settings = make_tables(dim), make_batch(20_011), LossSettings(10, 0.5)
-    draw = {"key": KEY, "step": 0, "first_position": 1000}
-    oracle = bce_reference.bce_sum(doubled(tables), batch, known, settings, **draw)
-    result = bce_triton.bce_sum(tables, batch, known, settings, **draw)
-    assert float(result) == pytest.approx(float(oracle), rel=1e-6)
+@pytest.mark.parametrize(
+    "settings", [NegativeSettings(count=10), NegativeSettings("mixed", count=10)], ids=["own", "shared"]
+)
+def test_the_loss_without_gradients(known, dim, settings):
+    tables, batch, loss = make_tables(dim), make_batch(20_011), LossSettings(user_l2=0.5, item_l2=0.5)
+    negatives, draw = make_negatives(settings, batch, tables, known), {"key": KEY, "step": 0}
+    oracle = reference.loss_sum(doubled(tables), batch, negatives, loss, **draw)
+    value = triton_gpu.loss_sum(tables, batch, negatives, loss, **draw)
+    assert float(value) == pytest.approx(float(oracle), rel=1e-6)
 
 
 @pytest.mark.parametrize("dim", [16, 64])
-def test_races(dim):
+@pytest.mark.parametrize(
+    "settings",
+    [NegativeSettings(count=5), NegativeSettings("shared", count=5, block_size=64)],
+    ids=["own", "shared"],
+)
+def test_races(dim, settings):
     # Every positive is of one of 2 users and 3 items, so that adds that are not atomic lose most of the sum.
     # The order of 40,000 adds to one item makes a difference of about 1e-5.
     tables, batch = make_tables(dim, 2, 3), make_batch(20_000, 2, 3)
-    settings, oracle = LossSettings(5, 0.1), doubled(tables).zeros_like()
-    bce_reference.train_step(doubled(tables), oracle, batch, None, settings, key=KEY, step=3)
+    loss, oracle = LossSettings(user_l2=0.1, item_l2=0.1), doubled(tables).zeros_like()
+    negatives = make_negatives(settings, batch, tables)
+    reference.add_gradients(doubled(tables), oracle, batch, negatives, loss, key=KEY, step=3)
     for _ in range(20):
         gradients = tables.zeros_like()
-        bce_triton.train_step(tables, gradients, batch, None, settings, key=KEY, step=3)
+        triton_gpu.add_gradients(tables, gradients, batch, negatives, loss, key=KEY, step=3)
         for gradient, right in zip(gradients, oracle, strict=True):
             assert error(gradient, right) < 1e-4
 
@@ -225,9 +282,10 @@ def test_rows_past_2_31_elements():
     users[-1] = 0.25
     items, item_gradients = torch.ones(3, width, device=DEVICE), torch.zeros(3, width, device=DEVICE)
     batch = Interactions(*(torch.tensor([i], dtype=torch.int32, device=DEVICE) for i in (num_users - 1, 1)))
-    bce_triton.train_step(
-        Tables(users, items), Tables(gradients, item_gradients), batch, None, LossSettings(0), key=KEY, step=0
-    )
+    tables = Tables(users, items)
+    negatives = make_negatives(NegativeSettings(count=0), batch, tables)
+    call = tables, Tables(gradients, item_gradients), batch, negatives, LossSettings()
+    triton_gpu.add_gradients(*call, key=KEY, step=0)
     slope = float(torch.sigmoid(torch.tensor(1.0, dtype=torch.float64))) - 1
     assert gradients[-1].tolist() == pytest.approx([slope] * width, rel=1e-6)
     assert not any(bool((rows != 0).any()) for rows in gradients[:-1].split(part))
