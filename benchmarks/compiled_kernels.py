@@ -5,8 +5,9 @@
 
 Registers, bytes of stack and local memory (spills), bytes of shared memory, and the number of instructions
 that load 16 bytes, that load 8 bytes of several elements, and that add to global memory, 4 floats or 1 float
-at a time. The kernels are those that training launches, compiled from the very arguments of the launches;
-those of bfloat16 tables are named so.
+at a time. Beside them the matrix instructions, Hopper's of a warp group (wgmma) and those of
+a warp (mma). The kernels are those that training launches, see `benchmarks.launches`, compiled from the very
+arguments of the launches.
 """
 
 from __future__ import annotations
@@ -25,14 +26,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fasttower_kernels.adam.triton_gpu import adam_launch
-from fasttower_kernels.known_positives import KnownPositives
-from fasttower_kernels.sampled_bce.settings import LossSettings
-from fasttower_kernels.sampled_bce.triton_gpu import Output, PairBuffers, bce_launch
-from fasttower_kernels.sampled_bce.triton_segments import segments_launches
-from fasttower_kernels.tables import Interactions, Tables, padded
-from fasttower_kernels.train_steps.lazy_triton_gpu import LazyLaunches, lazy_launches
-from fasttower_kernels.train_steps.state import LazyTables, TrainState
+from benchmarks.launches import NUM_NEGATIVES, launches
 from fasttower_kernels.triton_launch import Launch
 
 TARGETS = {
@@ -42,7 +36,6 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 DIMS = (16, 64, 128)
-NUM_NEGATIVES = 10
 
 _TYPES = {
     torch.float32: "*fp32",
@@ -68,6 +61,8 @@ class Figures:
         loads_8_bytes: instructions that load 8 bytes of several elements (AMD: any 8 bytes).
         vector_adds: instructions that add 4 floats to global memory and return nothing.
         scalar_adds: instructions that add 1 float likewise.
+        wgmma: matrix instructions of a warp group (Hopper).
+        mma: matrix instructions of a warp (AMD: of a wave).
     """
 
     kernel: str
@@ -80,99 +75,8 @@ class Figures:
     loads_8_bytes: int
     vector_adds: int
     scalar_adds: int
-
-
-def launches(dim: int, lanes: int = 32) -> dict[str, Launch]:
-    """The launches of training at that dimension, with tables of either dtype."""
-    rounded = launches_of(dim, lanes, torch.bfloat16)
-    del rounded["loss alone"]  # it reads the float32 tables
-    return launches_of(dim, lanes, torch.float32) | {
-        f"{name}, bfloat16": launch for name, launch in rounded.items()
-    }
-
-
-def launches_of(dim: int, lanes: int, table_dtype: torch.dtype) -> dict[str, Launch]:
-    """The launches on arrays that are small: only their types count."""
-    width, users, items = padded(dim), 8, 40
-    parameters = Tables(torch.zeros(users, width), torch.zeros(items, width), torch.zeros(items))
-    rounded = None
-    if table_dtype != torch.float32:
-        rounded = Tables(
-            parameters.users.to(table_dtype), parameters.items.to(table_dtype), parameters.item_bias
-        )
-    read = rounded or parameters
-    index = torch.arange(users, dtype=torch.int32)
-    known = KnownPositives.from_pairs(index, index, users, items)
-    counters = torch.zeros(2, dtype=torch.int64)
-    settings = LossSettings(NUM_NEGATIVES, l2=0.01)
-    pairs = PairBuffers.empty(users, NUM_NEGATIVES, parameters.users.device)
-
-    def bce(known_positives: KnownPositives | None, output: Output = Output.GRADIENTS) -> Launch:
-        return bce_launch(
-            read,
-            parameters if output is Output.GRADIENTS else None,
-            Interactions(index, index),
-            known_positives,
-            settings,
-            words=torch.zeros(10, dtype=torch.int32),
-            counters=counters,
-            losses=torch.zeros(users, dtype=torch.float64),
-            output=output,
-            batch_size=users,
-            shuffle=True,
-            pair_buffers=pairs if output is Output.PAIRS else None,
-            lanes=lanes,
-        )
-
-    bitmaps = bce(known)
-    assert bitmaps.arguments["bit_offsets_ptr"] is None
-    filters = {"bit_offsets_ptr": known.indptr}  # any offsets
-    rates = torch.zeros(1, 2)
-    state = TrainState(parameters, parameters, parameters, parameters)
-
-    def lazy_of(bce: Launch, users: bool = True, items: bool = True) -> LazyLaunches:
-        return lazy_launches(state, bce, rates, LazyTables(users, items), rounded=rounded, lanes=lanes)
-
-    lazy = lazy_of(bitmaps)
-    segments, partials = segments_launches(
-        pairs.items,
-        pairs.items.long(),
-        coefficients=pairs.coefficients,
-        terms=1,
-        others=pairs.users,
-        pairs_per_other=1 + NUM_NEGATIVES,
-        other_vectors=read.users,
-        own_vectors=read.items,
-        gradients=parameters.items,
-        bias_gradients=parameters.item_bias,
-        own_scale=0.0,
-    )
-    return {
-        "step, exclusion by bitmaps": bitmaps,
-        "step, exclusion by filters": bitmaps.with_arguments(**filters),
-        "step, plain negatives": bce(None),
-        "loss alone": bce(known, Output.NOTHING),
-        "pairs (deterministic)": bce(known, Output.PAIRS),
-        "segments (deterministic)": segments,
-        "partials (deterministic)": partials,
-        "adam": adam_launch(
-            parameters,
-            parameters,
-            parameters,
-            parameters,
-            rates=rates,
-            counters=counters,
-            rounded=rounded,
-            lanes=lanes,
-        ),
-        "lazy adam, exclusion by bitmaps": lazy.update,
-        "lazy adam, exclusion by filters": lazy.update.with_arguments(**filters),
-        "lazy adam, plain negatives": lazy_of(bce(None)).update,
-        "lazy adam, only users": lazy_of(bitmaps, items=False).update,
-        "lazy adam, only items": lazy_of(bitmaps, users=False).update,
-        "lazy adam, all rows": lazy.at_the_end,
-        "lazy adam, all rows of users": lazy_of(bitmaps, items=False).at_the_end,
-    }
+    wgmma: int
+    mma: int
 
 
 def compile_launch(name: str, launch: Launch, dim: int, target: str) -> Figures:
@@ -220,6 +124,8 @@ def _read_nvidia(compiled: Any) -> dict[str, int]:
         # An atomic whose result goes nowhere becomes a reduction in the assembler.
         "vector_adds": len(re.findall(r"\b(?:red|atom)\.global[\w.]*add\.v4\.f32", ptx)),
         "scalar_adds": len(re.findall(r"\b(?:red|atom)\.global[\w.]*add\.f32", ptx)),
+        "wgmma": len(re.findall(r"wgmma\.mma_async", ptx)),
+        "mma": len(re.findall(r"\bmma\.sync", ptx)),
     }
 
 
@@ -238,6 +144,8 @@ def _read_amd(compiled: Any) -> dict[str, int]:
         "loads_8_bytes": len(re.findall(r"(?:global|buffer)_load_dwordx2", assembly)),
         "vector_adds": 0,
         "scalar_adds": len(re.findall(r"(?:global|buffer|flat)_atomic_add_f32", assembly)),
+        "wgmma": 0,
+        "mma": len(re.findall(r"v_mfma", assembly)),
     }
 
 
@@ -267,6 +175,8 @@ def table(figures: list[Figures]) -> str:
         "8 B loads",
         "adds x4",
         "adds x1",
+        "wgmma",
+        "mma",
     ]
     rows = [head, ["---"] * len(head)] + [[str(v) for v in asdict(f).values()] for f in figures]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)

@@ -19,10 +19,13 @@ ROOT = Path(__file__).parent.parent
 STEP, LAZY = "step, exclusion by bitmaps", "lazy adam, exclusion by bitmaps"
 LAZY_USERS = "lazy adam, only users"
 OTHERS = ("step, exclusion by filters", "adam", "segments (deterministic)", "partials (deterministic)")
+LOSSES = [f"step, {name}" for name in ("softmax", "bpr", "gbce", "cosine", "softmax, cosine")]
+SHARED = ["shared users, softmax, float32", "shared users, softmax, tf32", "shared items, softmax, bfloat16"]
 KERNELS = [f"{name}{dtype}" for name in (STEP, LAZY, LAZY_USERS, *OTHERS) for dtype in ("", ", bfloat16")]
 WHOLE_TABLES = {"adam": 2, LAZY_USERS: 1, "lazy adam, only items": 1}
 LAZY_TABLES = {LAZY_USERS: 1, "lazy adam, only items": 1, "lazy adam, all rows of users": 1}
 VECTORS_PER_STEP = 6  # the user, the positive, and a quad of negatives
+OWN_NAMES, SHARED_NAMES = 20 + 19, 18  # kernels of a dimension: with float32 and bfloat16 tables, and shared
 
 
 def compiled(*arguments):
@@ -43,6 +46,10 @@ def compiled(*arguments):
 def check(figures):
     name = f"{figures['kernel']}, dim {figures['dim']}, {figures['target']}: {figures}"
     assert figures["local_bytes"] == 0, name
+    if figures["kernel"].startswith(("shared users", "shared items")):
+        check_product(figures, name)
+        return
+    assert figures["wgmma"] == figures["mma"] == 0, name
     # For 16 warps a multiprocessor of an NVIDIA GPU; on AMD's, for 3 waves a SIMD.
     assert figures["registers"] <= (168 if figures["target"] == "gfx942" else 128), name
     rounded = figures["kernel"].endswith(", bfloat16")
@@ -61,7 +68,7 @@ def check(figures):
             loads = 4 * lazy + 4 * whole * (1 if four else 2)
             assert figures["loads_16_bytes"] == loads or (amd and figures["loads_16_bytes"] > loads), name
             assert figures["shared_bytes"] == 0 or (amd and lazy), name
-        else:
+        elif not figures["kernel"].startswith("shared"):
             assert figures["loads_16_bytes"] + figures["loads_8_bytes"] > 0, name
         return
     assert vector_loads >= VECTORS_PER_STEP, name
@@ -77,6 +84,15 @@ def check(figures):
         assert figures["scalar_adds"] == 4 * vectors + biases, name
 
 
+def check_product(figures, name):
+    # On tensor cores; Hopper's own instructions where a tile has 64 rows. A product of float32 is three.
+    own = figures["target"] == "sm_90" and not figures["kernel"].endswith("float32")
+    assert bool(figures["wgmma"]) == own, name
+    assert bool(figures["mma"]) != own, name
+    # Hopper adds 4 floats at a time, and single ones only to biases.
+    assert figures["target"] != "sm_90" or (figures["vector_adds"] > 0 and figures["scalar_adds"] == 1), name
+
+
 @pytest.mark.parametrize("targets", [("sm_80", "sm_90"), ("gfx942",)], ids=["nvidia", "amd"])
 def test_kernels(targets):
     figures = compiled("--dims", "64", "--targets", *targets, "--kernels", *KERNELS)
@@ -85,9 +101,17 @@ def test_kernels(targets):
         check(one)
 
 
+def test_losses_and_shared_negatives_nvidia():
+    figures = compiled("--dims", "64", "--targets", "sm_90", "--kernels", *LOSSES, *SHARED)
+    assert [one["kernel"] for one in figures] == LOSSES + SHARED
+    for one in figures:
+        check(one)
+
+
 @pytest.mark.slow
 def test_all_kernels():
-    figures = compiled()
-    assert len(figures) == (15 + 14) * 3 * 4
+    targets = ("sm_80", "sm_90", "gfx942")
+    figures = compiled("--targets", *targets)
+    assert len(figures) == (OWN_NAMES * len(targets) + SHARED_NAMES * 2) * 3
     for one in figures:
         check(one)

@@ -320,6 +320,8 @@ def own_negatives_kernel(
                 total = total * tl.exp(before - largest) + tl.exp(x - largest)
         z = largest + tl.log(total)
 
+    # Rows that a thread has registers for.
+    AHEAD: tl.constexpr = 2 if (BLOCK_D > 128 or (COSINE and NORMALISED)) else 4
     loss = p * 0.0
     slopes = p * 0.0
     gradient = tl.zeros_like(raw)
@@ -354,53 +356,62 @@ def own_negatives_kernel(
         drawn = draw_quad(
             position, quad, step.to(tl.uint32), key_0, key_1, catalogue, num_negatives, live, known
         )
-        # All rows of a quad are read before any of their gradients is added: the compiler has to assume that
-        # a gradient may lie where a row does, and each row would wait for the addition before it.
-        items = ()
-        biases = ()
-        for lane in tl.static_range(4):
-            counted = live & (b * 0 + quad * 4 + lane < num_negatives)
-            other, other_bias = _load_items(
-                items_ptr, bias_ptr, drawn[lane].to(tl.int64), counted, WIDTH, BLOCK_D
-            )
-            items += (other,)
-            biases += (other_bias,)
         product = tl.full(loss.shape, 1.0, tl.float32)
-        for lane in tl.static_range(4):
-            k = b * 0 + quad * 4 + lane
-            inside = k < num_negatives
-            counted = live & inside
-            other = items[lane]
-            pair = _score(user, other, COSINE)
-            linear, factor, slope = negative(pair[0] + biases[lane] - log_q, p, z, LOSS)
-            loss += tl.where(counted, linear, 0.0)
-            product *= tl.where(counted, factor, 1.0)
-            slope = tl.where(counted, slope, 0.0)
-            slopes += slope
-            coefficient = slope * scale
-            gradient += (coefficient * pair[1])[:, None] * other
-            if OUTPUT == _GRADIENTS:
-                _add_item_gradients(
-                    item_gradients_ptr,
-                    bias_gradients_ptr,
-                    drawn[lane].to(tl.int64),
-                    coefficient,
-                    user,
-                    other,
-                    biases[lane],
-                    pair,
-                    item_scale,
-                    bias_scale,
-                    counted,
-                    HAS_L2,
-                    COSINE,
+        for first in tl.static_range(0, 4, AHEAD):
+            # Rows are read before any of their gradients is added: the compiler has to assume that a gradient
+            # may lie where a row does, and each row would wait for the addition before it.
+            items = ()
+            biases = ()
+            for ahead in tl.static_range(AHEAD):
+                other, other_bias = _load_items(
+                    items_ptr,
+                    bias_ptr,
+                    drawn[first + ahead].to(tl.int64),
+                    live & (b * 0 + quad * 4 + first + ahead < num_negatives),
                     WIDTH,
                     BLOCK_D,
                 )
-            if OUTPUT == _PAIRS:
-                place = b.to(tl.int64) * (num_negatives + 1) + 1 + k
-                tl.store(pair_items_ptr + place, tl.where(live, drawn[lane], num_items), mask=there & inside)
-                tl.store(pair_coefficients_ptr + place, coefficient, mask=there & inside)
+                items += (other,)
+                biases += (other_bias,)
+            for ahead in tl.static_range(AHEAD):
+                k = b * 0 + quad * 4 + first + ahead
+                inside = k < num_negatives
+                counted = live & inside
+                other = items[ahead]
+                pair = _score(user, other, COSINE)
+                linear, factor, slope = negative(pair[0] + biases[ahead] - log_q, p, z, LOSS)
+                loss += tl.where(counted, linear, 0.0)
+                product *= tl.where(counted, factor, 1.0)
+                slope = tl.where(counted, slope, 0.0)
+                slopes += slope
+                coefficient = slope * scale
+                gradient += (coefficient * pair[1])[:, None] * other
+                other_index = drawn[first + ahead]
+                if OUTPUT == _GRADIENTS:
+                    _add_item_gradients(
+                        item_gradients_ptr,
+                        bias_gradients_ptr,
+                        other_index.to(tl.int64),
+                        coefficient,
+                        user,
+                        other,
+                        biases[ahead],
+                        pair,
+                        item_scale,
+                        bias_scale,
+                        counted,
+                        HAS_L2,
+                        COSINE,
+                        WIDTH,
+                        BLOCK_D,
+                    )
+                if OUTPUT == _PAIRS:
+                    place = b.to(tl.int64) * (num_negatives + 1) + 1 + k
+                    there_inside = there & inside
+                    tl.store(
+                        pair_items_ptr + place, tl.where(live, other_index, num_items), mask=there_inside
+                    )
+                    tl.store(pair_coefficients_ptr + place, coefficient, mask=there_inside)
         loss += tl.log(product)
 
     if POSITIVE_LAST:
