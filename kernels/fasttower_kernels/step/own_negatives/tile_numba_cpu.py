@@ -35,13 +35,13 @@ class Ahead(NamedTuple):
 
     Attributes:
         draws: the next ones, a `TileDraws`.
-        count: of each positive, uint64.
+        size: how many of each positive, uint64.
         users: (B,) and room, uint32, from the tile after theirs on.
         known: the membership.
     """
 
     draws: Any
-    count: int
+    size: int
     users: Array
     known: Any
 
