@@ -5,8 +5,8 @@ import importlib.util
 import pytest
 import torch
 
-from fasttower_kernels import membership
 from fasttower_kernels.known_positives import KnownPositives
+from fasttower_kernels.negatives import membership_numba_cpu as membership
 from fasttower_kernels.negatives import sample_negatives
 from fasttower_kernels.negatives.popularity import popularity
 from fasttower_kernels.negatives.reference import ATTEMPTS, draw, draw_list

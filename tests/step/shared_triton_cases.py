@@ -14,16 +14,20 @@ import triton.language as tl
 from step.oracle import KEY, NUM_ITEMS, NUM_USERS, STEP, make_batch, make_negatives, make_tables
 from triton.runtime import interpreter
 
+from fasttower_kernels import membership
 from fasttower_kernels.errors import FastTowerError
 from fasttower_kernels.negatives import triton_gpu as negatives_triton
 from fasttower_kernels.negatives.reference import draw_list, list_key
-from fasttower_kernels.settings import LossSettings, NegativeSettings
+from fasttower_kernels.settings import LossSettings, NegativeSettings, StepSettings
 from fasttower_kernels.shuffle import epoch_key
 from fasttower_kernels.shuffle.reference import shuffled_rows
 from fasttower_kernels.shuffle.triton_gpu import signed_round_keys
+from fasttower_kernels.step import TrainState
 from fasttower_kernels.step.gradients import reference
+from fasttower_kernels.step.gradients import triton_gpu as gradients_triton
 from fasttower_kernels.step.shared_negatives import reference as shared_reference
 from fasttower_kernels.step.shared_negatives import triton_gpu
+from fasttower_kernels.step.triton_gpu import Steps
 from fasttower_kernels.tables import Interactions, Tables
 from fasttower_kernels.triton_launch import signed_word
 
@@ -62,8 +66,6 @@ def _small_tiles(monkeypatch):
     for tiles in triton_gpu.TILES, triton_gpu.SPLIT_TILES:
         for block in tiles:
             monkeypatch.setitem(tiles, block, triton_gpu.ProductTile(32, 32, 4))
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture
@@ -97,8 +99,11 @@ def error(result, oracle):
 def negatives_of(settings, exclude):
     made = make_negatives(settings, exclude=exclude is not None)
     if exclude == "search":
-        known = made.known_positives
-        negatives_triton._exclusions[id(known)] = negatives_triton.Exclusion(known.indptr, known.items, None)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(negatives_triton, "BITMAP_LIMIT_BYTES", 0)
+            patch.setattr(membership, "BITMAP_WORDS_PER_FILTER_WORD", 0)
+            kept = negatives_triton.exclusion_arguments(made.known_positives)  # with the known positives
+        assert kept["bit_offsets_ptr"] is not None
     return made
 
 
@@ -109,12 +114,12 @@ def check(guarded, tables, batch, negatives, loss):
     right = reference.add_gradients(doubled(tables), oracle, batch, negatives, loss, **draw)
     reference.add_gradients(tables, plain, batch, negatives, loss, **draw)
     gradients = guarded(tables.zeros_like())
-    value = triton_gpu.add_gradients(guarded(tables), gradients, batch, negatives, loss, **draw)
+    value = gradients_triton.add_gradients(guarded(tables), gradients, batch, negatives, loss, **draw)
     assert float(value) == pytest.approx(float(right), rel=2e-6, abs=1e-6)
     for gradient, expected, other in zip(gradients, oracle, plain, strict=True):
         assert error(gradient, expected) < 4 * max(error(other, expected), 5e-8)
         assert bool((gradient == 0)[expected == 0].all())
-    again = triton_gpu.loss_sum(tables, batch, negatives, loss, **draw)
+    again = gradients_triton.loss_sum(tables, batch, negatives, loss, **draw)
     assert float(again) == pytest.approx(float(value), rel=1e-6, abs=1e-6)
 
 
@@ -152,7 +157,9 @@ def test_users_without_free_items():
     tables, batch = make_tables(4), Interactions(torch.zeros(3).int(), torch.arange(3).int())
     gradients = tables.zeros_like()
     negatives = negatives_of(NegativeSettings("mixed", count=3, block_size=2), "bitmap")
-    value = triton_gpu.add_gradients(tables, gradients, batch, negatives, LOSSES["bce"], key=KEY, step=0)
+    value = gradients_triton.add_gradients(
+        tables, gradients, batch, negatives, LOSSES["bce"], key=KEY, step=0
+    )
     assert float(value) == 0
     assert all(not gradient.any() for gradient in gradients)
 
@@ -174,7 +181,7 @@ def test_gathered_users(guarded, loss):
     shared_reference.batch_loss(*leaves, batch, negatives, LOSSES[loss], key=KEY, step=STEP)[0].backward()
     gradients = guarded(tables.zeros_like())
     arguments = (guarded(tables), gradients, batch, negatives, LOSSES[loss])
-    triton_gpu.add_gradients(*arguments, key=KEY, step=STEP, gathered=True)
+    gradients_triton.add_gradients(*arguments, key=KEY, step=STEP, gathered=True)
     for gradient, leaf in zip(gradients, leaves, strict=True):
         assert error(gradient, leaf.grad) < 1e-6
 
@@ -182,8 +189,8 @@ def test_gathered_users(guarded, loss):
 def test_loss_sum_goes_in_parts(monkeypatch):
     monkeypatch.setattr(triton_gpu, "_LOSSES", 41)
     tables, batch, negatives = make_tables(5), make_batch(45), negatives_of(NEGATIVES["mixed"], "search")
-    draw = {"key": KEY, "step": STEP, "first_position": 60}
-    value = triton_gpu.loss_sum(tables, batch, negatives, LOSSES["softmax"], **draw)
+    draw = {"key": KEY, "step": STEP}
+    value = gradients_triton.loss_sum(tables, batch, negatives, LOSSES["softmax"], **draw)
     vectors = doubled(Tables(tables.users[batch.user_index.long()], tables.items, tables.item_bias))
     right = shared_reference.batch_loss(*vectors, batch, negatives, LOSSES["softmax"], **draw)[1]
     assert float(value) == pytest.approx(float(right), rel=1e-6)
@@ -232,21 +239,18 @@ def test_steps_of_a_shuffled_epoch():
         assert lists.items[1, 5 : 5 + len(picked[8:16])].equal(batch.item_index[8:16])
 
 
-def test_deterministic_gradients_are_refused():
-    torch.use_deterministic_algorithms(True)
+def test_deterministic_steps_are_refused():
     tables, negatives = make_tables(4), negatives_of(NEGATIVES["in-batch"], None)
-    step = (make_batch(5), negatives, LOSSES["bce"])
-    with pytest.raises(FastTowerError, match="in-batch negatives on a GPU"):
-        triton_gpu.add_gradients(tables, tables.zeros_like(), *step, key=KEY, step=0)
-    first, second = (triton_gpu.loss_sum(tables, *step, key=KEY, step=0) for _ in range(2))
-    assert first.equal(second)
+    settings = StepSettings(0.1, 5, 0, negatives=negatives.settings, deterministic=True)
+    with pytest.raises(FastTowerError, match="with in-batch negatives do not repeat"):
+        Steps(TrainState.start(tables), make_batch(5), negatives, settings)
 
 
 def test_wide_rows_are_refused():
     tables = Tables(torch.zeros(NUM_USERS, 516), torch.zeros(NUM_ITEMS, 516))
     negatives = negatives_of(NEGATIVES["in-batch"], None)
     with pytest.raises(FastTowerError, match="516 dimensions"):
-        triton_gpu.loss_sum(tables, make_batch(5), negatives, LOSSES["bce"], key=KEY, step=0)
+        gradients_triton.loss_sum(tables, make_batch(5), negatives, LOSSES["bce"], key=KEY, step=0)
 
 
 @pytest.fixture
@@ -281,7 +285,7 @@ def test_bfloat16_tables(loss, negatives):
     rounded = Tables(tables.users.bfloat16(), tables.items.bfloat16(), tables.item_bias)
     oracle, gradients = doubled(tables).zeros_like(), tables.zeros_like()
     right = reference.add_gradients(doubled(rounded), oracle, batch, negatives, loss, **draw)
-    value = triton_gpu.add_gradients(rounded, gradients, batch, negatives, loss, **draw)
+    value = gradients_triton.add_gradients(rounded, gradients, batch, negatives, loss, **draw)
     assert float(value) == pytest.approx(float(right), rel=1e-6)  # logits are products of bfloat16, exact
     for gradient, expected in zip(gradients, oracle, strict=True):
         assert error(gradient, expected) < 2**-8  # slopes are rounded
