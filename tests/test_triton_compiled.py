@@ -67,7 +67,8 @@ def check(figures):
             four = rounded or (amd and kernel == "adam")
             loads = 4 * lazy + 4 * whole * (1 if four else 2)
             assert figures["loads_16_bytes"] == loads or (amd and figures["loads_16_bytes"] > loads), name
-            assert figures["shared_bytes"] == 0 or (amd and lazy), name
+            # Triton 3.3 finds the longest wait of a program's rows with a few bytes of shared memory.
+            assert figures["shared_bytes"] <= (16 if lazy else 0) or (amd and lazy), name
         elif not figures["kernel"].startswith("shared"):
             assert figures["loads_16_bytes"] + figures["loads_8_bytes"] > 0, name
         return
