@@ -237,8 +237,7 @@ def test_a_few_terms_are_the_updates_that_a_row_missed():
 
 def test_on_a_gpu_each_table_goes_by_its_size():
     def lazy(users, items, batch_size, optimiser="auto", dim=64):
-        settings = StepSettings(LossSettings(10), 0.01, batch_size, 0, optimiser)
-        return settings.lazy_tables(Tables(torch.empty(users, dim), torch.empty(items, dim)))
+        return StepSettings(0.01, batch_size, 0, optimiser=optimiser).lazy_tables(users, items, dim)
 
     assert lazy(138_493, 26_744, 1024) == (True, True)
     assert lazy(138_493, 26_744, 8192) == lazy(138_493, 26_744, 65_536) == (True, False)
