@@ -16,7 +16,7 @@ sum whatever the order.
 """
 
 # Constants of a kernel are written in capitals, and arguments get their types when it is launched.
-# ruff: noqa: N803, N806, PLR0912, PLR0915
+# ruff: noqa: N803, N806, PLR0915
 # Tuples grow by an element a lane, in loops that are unrolled.
 # mypy: disallow-untyped-defs=False, disable-error-code="assignment"
 
@@ -256,59 +256,48 @@ def sampled_bce_kernel(
     key_0 = tl.load(words_ptr).to(tl.uint32, bitcast=True)
     key_1 = tl.load(words_ptr + 1).to(tl.uint32, bitcast=True)
     position = (b + first_position).to(tl.uint32)
-    AHEAD: tl.constexpr = 4 if BLOCK_D <= 128 else 2  # rows that a thread has registers for
     for quad in range((num_negatives + 3) // 4):
         drawn = draw_quad(
             position, quad, step.to(tl.uint32), key_0, key_1, catalogue, num_negatives, live, known
         )
+        # All rows of a quad are read before any of their gradients is added: the compiler has to assume that
+        # a gradient may lie where a row does, and each row would wait for the addition before it.
+        items = ()
+        biases = ()
+        for lane in tl.static_range(4):
+            counted = live & (b * 0 + quad * 4 + lane < num_negatives)
+            item, bias = _load_items(items_ptr, bias_ptr, drawn[lane].to(tl.int64), counted, WIDTH, BLOCK_D)
+            items += (item,)
+            biases += (bias,)
         product = tl.full(loss.shape, 1.0, tl.float32)
-        for first in tl.static_range(0, 4, AHEAD):
-            # Rows are read before any of their gradients is added: the compiler has to assume that a gradient
-            # may lie where a row does, and each row would wait for the addition before it.
-            items = ()
-            biases = ()
-            for ahead in tl.static_range(AHEAD):
-                k = b * 0 + quad * 4 + first + ahead
-                item, bias = _load_items(
-                    items_ptr,
-                    bias_ptr,
-                    drawn[first + ahead].to(tl.int64),
-                    live & (k < num_negatives),
+        for lane in tl.static_range(4):
+            k = b * 0 + quad * 4 + lane
+            inside = k < num_negatives
+            counted = live & inside
+            item = items[lane]
+            linear, factor, slope = _softplus_and_sigmoid(tl.sum(user * item, axis=1) + biases[lane])
+            loss += tl.where(counted, linear, 0.0)
+            product *= tl.where(counted, factor, 1.0)
+            coefficient = tl.where(counted, slope * scale, 0.0)
+            gradient += coefficient[:, None] * item
+            if OUTPUT == _GRADIENTS:
+                _add_item_gradients(
+                    item_gradients_ptr,
+                    bias_gradients_ptr,
+                    drawn[lane].to(tl.int64),
+                    coefficient,
+                    user,
+                    item,
+                    l2_scale,
+                    counted,
+                    HAS_L2,
                     WIDTH,
                     BLOCK_D,
                 )
-                items += (item,)
-                biases += (bias,)
-            for ahead in tl.static_range(AHEAD):
-                k = b * 0 + quad * 4 + first + ahead
-                inside = k < num_negatives
-                counted = live & inside
-                item = items[ahead]
-                linear, factor, slope = _softplus_and_sigmoid(tl.sum(user * item, axis=1) + biases[ahead])
-                loss += tl.where(counted, linear, 0.0)
-                product *= tl.where(counted, factor, 1.0)
-                coefficient = tl.where(counted, slope * scale, 0.0)
-                gradient += coefficient[:, None] * item
-                item_index = drawn[first + ahead]
-                if OUTPUT == _GRADIENTS:
-                    _add_item_gradients(
-                        item_gradients_ptr,
-                        bias_gradients_ptr,
-                        item_index.to(tl.int64),
-                        coefficient,
-                        user,
-                        item,
-                        l2_scale,
-                        counted,
-                        HAS_L2,
-                        WIDTH,
-                        BLOCK_D,
-                    )
-                if OUTPUT == _PAIRS:
-                    place = b.to(tl.int64) * (num_negatives + 1) + 1 + k
-                    there_inside = there & inside
-                    tl.store(pair_items_ptr + place, tl.where(live, item_index, num_items), mask=there_inside)
-                    tl.store(pair_coefficients_ptr + place, coefficient, mask=there_inside)
+            if OUTPUT == _PAIRS:
+                place = b.to(tl.int64) * (num_negatives + 1) + 1 + k
+                tl.store(pair_items_ptr + place, tl.where(live, drawn[lane], num_items), mask=there & inside)
+                tl.store(pair_coefficients_ptr + place, coefficient, mask=there & inside)
         loss += tl.log(product)
 
     if OUTPUT == _GRADIENTS:
