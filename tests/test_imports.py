@@ -133,7 +133,11 @@ def test_no_file_of_the_kernels_names_fasttower_and_none_of_the_data_names_torch
     assert not [
         name for name, named in kernels.items() if {n.partition(".")[0] for n in named} & {"fasttower"}
     ]
-    data = {name: named for name, named in imports(ROOT / "fasttower").items() if name.startswith("fasttower.data")}
+    data = {
+        name: named
+        for name, named in imports(ROOT / "fasttower").items()
+        if name.startswith("fasttower.data")
+    }
     assert "fasttower.data.readers" in data
     assert not [name for name, named in data.items() if {n.partition(".")[0] for n in named} & {"torch"}]
 

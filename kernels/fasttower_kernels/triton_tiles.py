@@ -20,9 +20,9 @@ class Tile(NamedTuple):
 
 
 # By the width of a row, rounded up to a power of two, for warps of 32 lanes; those of 64 take twice the
-# rows. A thread holds 4 floats of each vector, one 16-byte load, and 8 of vectors with more than 128. One warp
-# per program makes its votes on whether to loop on free of barriers, and a program waits only for its own few
-# rows. Past 256 dimensions the registers of one warp do not suffice for the rows that are read ahead.
+# rows. A thread holds 4 floats of each vector, one 16-byte load, and 8 of vectors with more than 128. One
+# warp per program makes its votes on whether to loop on free of barriers, and a program waits only for its
+# own few rows. Past 256 dimensions the registers of one warp do not suffice for the rows that are read ahead.
 TILES = {
     4: Tile(32, 1),
     8: Tile(16, 1),
