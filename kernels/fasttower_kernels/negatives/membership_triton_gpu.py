@@ -38,7 +38,7 @@ def exclusion_rows(user, mask, num_items, indptr_ptr, known_items_ptr, bit_offse
     """
     begin = tl.load(indptr_ptr + user, mask=mask, other=0)
     degree = (tl.load(indptr_ptr + user + 1, mask=mask, other=0) - begin).to(tl.int32)
-    bitmap_words = (num_items + 31) // 32
+    bitmap_words = ((num_items - 1) >> 5) + 1  # num_items + 31 may pass 32 bits
     if bit_offsets_ptr is None:
         return known_items_ptr + begin, degree, bits_ptr + user * bitmap_words
     else:  # noqa: RET505 - Triton compiles one of the two branches

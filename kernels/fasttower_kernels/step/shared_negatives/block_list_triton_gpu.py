@@ -335,7 +335,7 @@ def mask_kernel(
             degree = (tl.load(indptr_ptr + user + 1) - start).to(tl.int32)
             counted &= (degree < num_items)[:, None]
             if bit_offsets_ptr is None:
-                words = bits_ptr + (user * ((num_items + 31) // 32))[:, None] + (item >> 5)[None, :]
+                words = bits_ptr + (user * (((num_items - 1) >> 5) + 1))[:, None] + (item >> 5)[None, :]
                 bits = tl.load(words, mask=counted, other=0)
                 counted &= ((bits >> (item & 31)[None, :]) & 1) == 0
             else:
