@@ -9,13 +9,11 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from types import ModuleType
-from typing import Literal
 
 import torch
 
 from fasttower_kernels.errors import FastTowerError
-
-Backend = Literal["auto", "triton", "numba", "torch"]
+from fasttower_kernels.settings import Backend
 
 # The device that a backend runs on, and the package that it needs.
 _NEEDS = {"numba": ("cpu", "numba"), "triton": ("cuda", "triton")}

@@ -97,6 +97,14 @@ class LossSettings:
         """Whether the loss corrects for how often a negative is drawn."""
         return self.name == "softmax"
 
+    def shared_positive_weight(self, drawn_rate: float) -> float:
+        """Beta of gbce where a list is shared, 1 for other losses.
+
+        Args:
+            drawn_rate: how often an item is expected among the drawn ones of a list.
+        """
+        return 1 - self.calibration * (1 - min(drawn_rate, 1.0)) if self.name == "gbce" else 1.0
+
     def pairs(self, num_negatives: int) -> int:
         """Terms of the loss for each positive that it is averaged over: 1, or 1 + N."""
         return 1 if self.scale == "positives" else 1 + num_negatives

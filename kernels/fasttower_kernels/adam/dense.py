@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from fasttower_kernels.adam import reference
-from fasttower_kernels.backends import Backend, implementation
+from fasttower_kernels.backends import implementation
 from fasttower_kernels.checks import check_tables
 from fasttower_kernels.errors import FastTowerError
+from fasttower_kernels.settings import Backend
 from fasttower_kernels.tables import Tables
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fasttower_kernels.backends import Backend, implementation
+from fasttower_kernels.backends import implementation
 from fasttower_kernels.checks import check_index, check_known_positives, check_step
 from fasttower_kernels.errors import FastTowerError
 from fasttower_kernels.known_positives import KnownPositives
@@ -12,6 +12,7 @@ from fasttower_kernels.negatives.popularity import Popularity
 from fasttower_kernels.negatives.proposal import Negatives
 from fasttower_kernels.negatives.reference import ATTEMPTS
 from fasttower_kernels.philox import Key
+from fasttower_kernels.settings import Backend
 
 __all__ = ["ATTEMPTS", "Negatives", "Popularity", "sample_negatives"]
 

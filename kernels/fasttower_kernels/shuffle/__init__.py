@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fasttower_kernels.backends import Backend, implementation
+from fasttower_kernels.backends import implementation
 from fasttower_kernels.checks import check_index
 from fasttower_kernels.errors import FastTowerError
 from fasttower_kernels.philox import Key, Purpose, derive_key
+from fasttower_kernels.settings import Backend
 from fasttower_kernels.shuffle.reference import ROUNDS
 
 __all__ = ["ROUNDS", "epoch_key", "shuffled_rows"]

@@ -12,9 +12,10 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from fasttower_kernels.backends import Backend, choose_backend
+from fasttower_kernels.backends import choose_backend
 from fasttower_kernels.errors import FastTowerError
 from fasttower_kernels.known_positives import KnownPositives
+from fasttower_kernels.settings import Backend
 from fasttower_kernels.topk.certified import top_k_certified
 from fasttower_kernels.topk.precision import Scoring, check_scoring
 from fasttower_kernels.topk.reference import TopK, top_k_torch

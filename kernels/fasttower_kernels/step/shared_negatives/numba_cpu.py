@@ -51,8 +51,7 @@ def sampling_of(negatives: Negatives, key: Key) -> ListSampling:
 
 def constants_of(negatives: Negatives, loss: LossSettings) -> LossConstants:
     """What compiled code takes of the loss besides its variant."""
-    share = min(negatives.list_rates[1], 1.0)
-    beta = 1 - loss.calibration * (1 - share) if loss.name == "gbce" else 1.0
+    beta = loss.shared_positive_weight(negatives.list_rates[1])
     return LossConstants(float32(loss.temperature), float32(beta))
 
 

@@ -93,7 +93,7 @@ def _block_loss(
         positive, logits = positive + item_bias[positives], logits + item_bias[items]
     rate, drawn = negatives.list_rates
     log_q = (len(users) * rate[items] + drawn).log().to(logits)
-    beta = 1 - (loss.calibration * (1 - min(drawn, 1.0)) if loss.name == "gbce" else 0.0)
+    beta = loss.shared_positive_weight(drawn)
     scores = Scores(positive, logits, counted, log_q, torch.full_like(positive, beta))
     total = value = (weight * loss_values(scores, loss)).sum()
     if loss.has_l2:

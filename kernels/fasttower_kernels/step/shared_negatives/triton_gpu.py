@@ -281,7 +281,7 @@ def shared_launches(
         "num_items": negatives.num_items,
         "programs": of_users,
         "temperature": loss.temperature,
-        "beta": _beta(drawn_rate, loss),
+        "beta": loss.shared_positive_weight(drawn_rate),
         "user_l2": l2["user_l2"],
         "NORMALISED": normalised,
         "BLOCK_B": tile.rows,
@@ -348,8 +348,3 @@ def run_batch(
     with device_scope(device):
         launches()
     return losses.sum()
-
-
-def _beta(drawn_rate: float, loss: LossSettings) -> float:
-    """What gbce multiplies a positive's term by; 1 for other losses."""
-    return 1 - loss.calibration * (1 - min(drawn_rate, 1.0)) if loss.name == "gbce" else 1.0
