@@ -12,6 +12,30 @@ import torch
 import fasttower
 from fasttower import Config
 
+# They compile the most, or wait for a process that does.
+SLOWEST_FIRST = ("test_triton_compiled", "test_triton_interpreter", "test_shared_triton", "test_steps_numba")
+
+
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist's own reads the options
+def pytest_cmdline_main(config):
+    """Where whole folders are tested and nothing else is said, two processes share the files."""
+    folders = all(Path(argument).is_dir() for argument in config.args)
+    if folders and config.getoption("numprocesses", default=0) is None:
+        config.option.numprocesses, config.option.dist = 2, "loadfile"
+
+
+def pytest_configure():
+    """One thread in each of several processes: together they have no more cores."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items):
+    """What takes longest begins first, so that no process waits for it in the end."""
+    order = {name: place for place, name in enumerate(SLOWEST_FIRST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
 CONFIG = Config(
     embedding_dim=4, batch_size=64, epochs=3, learning_rate=0.05, backend="torch", l2=(0.03,), threads=1, k=5
 )

@@ -1,6 +1,7 @@
 """New users' vectors: the optimum of the training loss with the items fixed."""
 
 import math
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from fasttower.errors import FastTowerError
 from fasttower.training.fold_in import fold_in
 from fasttower_kernels.known_positives import KnownPositives
 from fasttower_kernels.negatives import Negatives
-from fasttower_kernels.settings import LossSettings, NegativeSettings
+from fasttower_kernels.settings import LossName, LossSettings, NegativeSettings
 
 NUM_USERS, NUM_ITEMS, DIM = 13, 37, 5
 
@@ -36,6 +37,7 @@ LOSSES = {
     "bpr": LossSettings("bpr", user_l2=0.05),
     "softmax": LossSettings("softmax", user_l2=0.05),
 }
+assert set(LOSSES) == set(get_args(LossName))  # each has a problem of its own
 NEGATIVES = {
     "uniform": NegativeSettings(count=10),
     "one": NegativeSettings(count=1),
