@@ -8,7 +8,7 @@ BACKENDS = {"fasttower": "numba", "fasttower_reference": "torch"}
 
 
 def short_run(backend):
-    config = fasttower.Config(threads=1, backend=backend, epochs=3, l2=(0.03,))
+    config = fasttower.Config(threads=1, backend=backend, epochs=3, l2=0.03)
     return fasttower.fit("synthetic-100k", config).metrics["test"]
 
 

@@ -11,9 +11,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from fasttower.errors import FastTowerError
+from fasttower.training.families import OWN_NEGATIVES, Family, families
 from fasttower_kernels.settings import (
     MAX_BLOCK_SIZE,
     Backend,
@@ -31,6 +32,11 @@ from fasttower_kernels.settings import (
 Split = Literal["time", "random", "leave-last"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Preset = Literal["default", "notebook"]
+Search = Literal["none", "quick", "thorough"]
+Preference = Literal["accuracy", "balanced", "coverage"]
+
+SMALL_CATALOGUE = 10_000
+"""Items up to which 32 dimensions do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,31 +90,41 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """The model, its loss, its optimiser and the schedule."""
+    """The model, its loss, its optimiser and the schedule.
+
+    What is None is left open: the search chooses it by the validation part, or a rule fills it in.
+    """
 
     seed: int = 0
     """Seed of every draw, 0 <= seed < 2**63: the same seed gives the same run."""
     seeds: int = 1
     """Train this many times, with seed, seed + 1, ...; report means and deviations, keep the first model."""
-    embedding_dim: int = 32
-    """Dimensions of the user and item vectors, 1 to 512."""
+    search: Search | float = "quick"
+    """How much is tried of what is left open below, by the validation part: quick; thorough, a wider grid; a
+    number of seconds, thorough as far as they go; or none."""
+    prefer: Preference = "balanced"
+    """Which of the settings tried is chosen: the most accurate one (accuracy), or the one with the largest
+    coverage among those within one (balanced) or two (coverage) standard errors of it."""
+    embedding_dim: int | None = None
+    """Dimensions of the user and item vectors, 1 to 512; if not given, 32 for up to 10,000 items, else
+    128."""
     item_bias: bool = True
     """Add a learned bias per item to the logit."""
     init_scale: float | None = None
     """Standard deviation of the initial vectors; 0.1 / sqrt(embedding_dim) if not given."""
-    loss: LossName = "bce"
+    loss: LossName | None = None
     """Loss of a positive and its negatives: binary cross-entropy, gbce (its calibrated form), bpr (pairwise)
-    or sampled softmax."""
+    or sampled softmax; searched for if not given."""
     calibration: float = 0.75
     """t of --loss gbce, from 0 (bce) to 1 (calibrated for the share of items that is drawn)."""
-    similarity: Similarity = "dot"
+    similarity: Similarity | None = None
     """Of a user's and an item's vector in the logit: their dot product, or their cosine over a
-    temperature."""
-    temperature: float = 0.2
-    """What --similarity cosine is divided by: lower is sharper."""
-    negatives: Proposal = "uniform"
+    temperature; searched for if not given."""
+    temperature: float | None = None
+    """What --similarity cosine is divided by: lower is sharper; searched for if not given."""
+    negatives: Proposal | None = None
     """uniform and popularity draw for each positive. The others score a block of positives against one list:
-    shared draws it, in-batch takes the items of the block, mixed takes both."""
+    shared draws it, in-batch takes the items of the block, mixed takes both. Searched for if not given."""
     num_negatives: int = 10
     """Negatives drawn for each positive (uniform, popularity) or for each block (shared, mixed)."""
     negative_pool: int = 0
@@ -119,9 +135,9 @@ class TrainingConfig:
     """Positives that share a list of negatives."""
     exclude_known_positives: bool = True
     """Draw negatives from the items that the user has not touched, exactly."""
-    l2: tuple[float, ...] = (0.06, 0.03, 0.1)
-    """L2 on the vectors of a positive and its negatives, added to the loss of each positive. The validation
-    part chooses among several values; without one the first counts."""
+    l2: float | None = None
+    """L2 on the vectors of a positive and its negatives, added to the loss of each positive. If not given,
+    searched for with --similarity dot, and 0 with cosine."""
     item_l2: float | None = None
     """L2 on the vectors of items; as --l2, which then is for users only, if not given."""
     bias_l2: float = 0.0
@@ -139,9 +155,10 @@ class TrainingConfig:
     updates too. It takes 2 bytes a parameter more, and backend triton or torch."""
     batch_size: int | None = None
     """Positives in a batch; if not given, the power of two nearest to a hundredth of the interactions before
-    the test cut, from 256 to 65,536."""
-    epochs: int = 30
-    """Passes over the training part; at most this many where a validation part chooses."""
+    the test cut, or to a three-hundredth with negatives that a block shares, from 256 to 65,536."""
+    epochs: int | None = None
+    """Passes over the training part; where a validation part chooses, at most so many. If not given, 64 then,
+    else 30."""
     refit: bool = True
     """After the validation part has chosen the epoch, train again with its rows included."""
     k: int = 10
@@ -157,28 +174,31 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        if isinstance(self.l2, int | float):
-            object.__setattr__(self, "l2", (self.l2,))
         _check_types(self)
         _check(self, "seed", 0 <= self.seed < 2**63, "a whole number from 0 to 2**63 - 1")
         _check(
             self, "seeds", 1 <= self.seeds <= 2**63 - self.seed, "1 or more, and the last seed below 2**63"
         )
-        _check(self, "embedding_dim", 1 <= self.embedding_dim <= 512, "1 to 512")
+        _check(
+            self, "embedding_dim", self.embedding_dim is None or 1 <= self.embedding_dim <= 512, "1 to 512"
+        )
+        if not isinstance(self.search, str):
+            _check(self, "search", 0 < self.search < math.inf, "none, quick, thorough or seconds above 0")
         _check(self, "num_negatives", 0 <= self.num_negatives <= 100_000, "0 to 100,000")
-        _check(self, "epochs", self.epochs >= 1, "1 or more")
+        _check(self, "epochs", self.epochs is None or self.epochs >= 1, "1 or more")
         for name in ("batch_size", "threads"):
             value = getattr(self, name)
             _check(self, name, value is None or 1 <= value < 2**31, "1 to 2,147,483,647")
-        l2 = self.l2
-        _check(self, "l2", bool(l2) and all(0 <= value < math.inf for value in l2), "numbers, 0 or more")
-        for name in ("item_l2", "bias_l2", "popularity_power"):
+        for name in ("l2", "item_l2", "bias_l2", "popularity_power"):
             value = getattr(self, name)
             _check(self, name, value is None or 0 <= value < math.inf, "a finite number, 0 or more")
-        _check(self, "temperature", 0 < self.temperature < math.inf, "a finite number above 0")
+        temperature = self.temperature
+        _check(
+            self, "temperature", temperature is None or 0 < temperature < math.inf, "a finite number above 0"
+        )
         _check(self, "calibration", 0 <= self.calibration <= 1, "a number from 0 to 1")
         _check(self, "block_size", 1 <= self.block_size <= MAX_BLOCK_SIZE, f"1 to {MAX_BLOCK_SIZE:,}")
-        pool, shared = self.negative_pool, self.negatives not in ("uniform", "popularity")
+        pool, shared = self.negative_pool, self.negatives not in (None, "uniform", "popularity")
         _check(self, "negative_pool", not (pool and shared), "0 with negatives that a block shares")
         least = max(self.num_negatives, 1)
         expected = f"0, or at least the {least} that are kept (--num-negatives), at most 100,000"
@@ -188,17 +208,60 @@ class TrainingConfig:
         scale = self.init_scale
         _check(self, "init_scale", scale is None or 0 <= scale < math.inf, "a finite number, 0 or more")
         _check(self, "k", 1 <= self.k <= 10_000, "1 to 10,000")
-        check_together(self.loss_settings(self.l2[0]), self.negative_settings)
+        if not isinstance(self, ResolvedTrainingConfig):
+            self.resolved(0, 0)  # which checks what goes together
 
-    def loss_settings(self, l2: float) -> LossSettings:
-        """The loss as the training step takes it, for one of the configuration's L2 weights."""
+    @property
+    def families(self) -> tuple[Family, ...]:
+        """The families of settings that what is given leaves open, the standard one first."""
+        return families(self.given, thorough=self.search not in ("none", "quick"))
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The fields that are not left open."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value for name, value in fields.items() if value is not None}
+
+    def resolved(self, num_rows: int, num_items: int, **chosen: object) -> ResolvedTrainingConfig:
+        """The same configuration with what was left open filled in.
+
+        Args:
+            num_rows: interactions before the test cut.
+            num_items: items before the test cut.
+            **chosen: fields that were left open; a rule fills in the others.
+        """
+        return _filled_in(ResolvedTrainingConfig, self, num_rows, num_items, chosen)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedTrainingConfig(TrainingConfig):
+    """A training configuration in which nothing is left open: what the trainer reads."""
+
+    embedding_dim: int
+    init_scale: float
+    loss: LossName
+    similarity: Similarity
+    temperature: float
+    negatives: Proposal
+    l2: float
+    batch_size: int
+    epochs: int
+
+    def __post_init__(self) -> None:
+        """Check the ranges, and that the loss and the negatives go together."""
+        super().__post_init__()
+        check_together(self.loss_settings, self.negative_settings)
+
+    @property
+    def loss_settings(self) -> LossSettings:
+        """The loss as the training step takes it."""
         return LossSettings(
             self.loss,
             self.calibration,
             self.similarity,
             self.temperature,
-            user_l2=l2,
-            item_l2=l2 if self.item_l2 is None else self.item_l2,
+            user_l2=self.l2,
+            item_l2=self.l2 if self.item_l2 is None else self.item_l2,
             bias_l2=self.bias_l2,
             scale=self.loss_scale,
         )
@@ -210,31 +273,31 @@ class TrainingConfig:
             self.negatives, self.num_negatives, self.negative_pool, self.popularity_power, self.block_size
         )
 
-    def resolved(self, num_rows: int) -> ResolvedTrainingConfig:
-        """The same configuration with what was left open filled in.
 
-        Args:
-            num_rows: interactions before the test cut.
-        """
-        return ResolvedTrainingConfig(**_filled_in(self, num_rows))
+Resolved = TypeVar("Resolved", bound=ResolvedTrainingConfig)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ResolvedTrainingConfig(TrainingConfig):
-    """A training configuration in which nothing is left open: what the trainer reads."""
-
-    batch_size: int
-    init_scale: float
-
-
-def _filled_in(config: TrainingConfig, num_rows: int) -> dict[str, Any]:
-    """The fields of a configuration, those that depend on others or on the number of rows filled in."""
-    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    if config.batch_size is None:
-        fields["batch_size"] = min(max(2 ** round(math.log2(max(num_rows, 1) / 100)), 256), 65_536)
-    if config.init_scale is None:
-        fields["init_scale"] = 0.1 / math.sqrt(config.embedding_dim)
-    return fields
+def _filled_in(
+    kind: type[Resolved],
+    config: TrainingConfig,
+    num_rows: int,
+    num_items: int,
+    chosen: Mapping[str, object],
+) -> Resolved:
+    """The configuration with the fields that depend on others or on the sizes filled in."""
+    fields = {**chosen, **config.given}
+    for name, value in config.families[0]._asdict().items():
+        fields.setdefault(name, value)
+    shared = fields["negatives"] not in OWN_NEGATIVES
+    fields.setdefault("l2", 0.0 if fields["similarity"] == "cosine" else 0.06)
+    fields.setdefault("temperature", 0.2)
+    fields.setdefault("embedding_dim", 32 if num_items <= SMALL_CATALOGUE else 128)
+    fields.setdefault("init_scale", 0.1 / math.sqrt(fields["embedding_dim"]))
+    batch = 2 ** round(math.log2(max(num_rows, 1) / (300 if shared else 100)))
+    fields.setdefault("batch_size", min(max(batch, 256), 65_536))
+    fields.setdefault("epochs", 30)
+    names = [field.name for field in dataclasses.fields(kind)]
+    return kind(**{name: fields[name] for name in names if name in fields})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,9 +320,9 @@ class Config(TrainingConfig, DataConfig):
         if self.test_fraction == 0 and not self.test_data:
             _check(self, "seeds", self.seeds == 1, "1 without a test part (--test-fraction 0) to report on")
 
-    def resolved(self, num_rows: int) -> ResolvedConfig:
+    def resolved(self, num_rows: int, num_items: int, **chosen: object) -> ResolvedConfig:
         """See `TrainingConfig.resolved`."""
-        return ResolvedConfig(**_filled_in(self, num_rows))
+        return _filled_in(ResolvedConfig, self, num_rows, num_items, chosen)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], base: Config | None = None) -> Config:
@@ -289,8 +352,8 @@ class Config(TrainingConfig, DataConfig):
         try:
             if merged.get("data_root") is not None:
                 merged["data_root"] = Path(merged["data_root"])
-            if "l2" in merged:
-                merged["l2"] = tuple(merged["l2"])
+            if isinstance(merged.get("l2"), list):  # once there were several, of which one was chosen
+                merged["l2"] = merged["l2"][0] if len(merged["l2"]) == 1 else None
             return cls(**merged) if base is None else dataclasses.replace(base, **merged)
         except TypeError as error:
             raise FastTowerError(f"the configuration has a value of the wrong type: {error}.") from error
@@ -356,7 +419,10 @@ PRESETS: dict[Preset, Config] = {
         init_scale=1.0,
         num_negatives=10,
         exclude_known_positives=False,
-        l2=(0.0,),
+        loss="bce",
+        similarity="dot",
+        negatives="uniform",
+        l2=0.0,
         loss_scale="pairs",
         learning_rate=1e-3,
         batch_size=1024,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import polars as pl
 import torch
 
-from fasttower.config import Config
+from fasttower.config import Config, ResolvedConfig
 from fasttower.data.catalog import Progress
 from fasttower.data.preparation import PreparedData, prepare
 from fasttower.device import check_repeatable, choose_device, cpu_threads, fallback_note, memory_of
@@ -21,9 +21,10 @@ from fasttower.evaluation.popularity import most_popular
 from fasttower.evaluation.replay_report import replay_metrics
 from fasttower.retrieval import IdMap, recommend_to_all, recommendation_frame
 from fasttower.run import Run
-from fasttower.run.record import Outcome
+from fasttower.run.record import Outcome, TrialRow
 from fasttower.training.data import TrainingData
 from fasttower.training.observer import Observer
+from fasttower.training.search import Candidate, Trial
 from fasttower.training.trainer import TrainedModel, Trainer
 from fasttower.versions import versions
 from fasttower_kernels.backends import choose_backend
@@ -104,7 +105,6 @@ def fit(
         training_data = to_training_data(prepared)
         _check_memory(training_data, config, device, backend)
         training_data = training_data.to(device)
-        config = config.resolved(len(training_data.fit))
         clock.lap("prepare")
         observer.on_prepared(prepared, config)
         observer.on_training(str(device), backend, why, threads)
@@ -134,11 +134,12 @@ def fit(
 
     assert first is not None  # there is at least one seed
     trained, recommendations = first
+    assert isinstance(trained.settings, ResolvedConfig)  # as a Config resolves
     speeds = [record.positives_per_s for record in trained.history]
     metrics: Outcome = {
         "test": {name: statistics.fmean(report[name] for report in reports) for name in popularity},
         "popularity": popularity,
-        "l2": trained.l2,
+        "settings": str(Candidate.of(trained.settings)),
         "best_epoch": trained.best_epoch,
         "interrupted": interrupted,
         "test_users": 0 if test is None else test["user_index"].n_unique(),
@@ -150,6 +151,8 @@ def fit(
         "threads": threads,
         "versions": versions(),
     }
+    if trained.trials:
+        metrics["search"] = [trial_row(trial) for trial in trained.trials]
     if config.seeds > 1:
         metrics["test_std"] = {
             name: statistics.stdev(report[name] for report in reports) if len(reports) > 1 else None
@@ -160,7 +163,7 @@ def fit(
         model=trained.model,
         users=prepared.users,
         items=prepared.items,
-        config=config,
+        config=trained.settings,
         device=str(device),
         backend=backend,
         history=trained.history,
@@ -179,6 +182,19 @@ def _choose_where(config: Config, observer: FitObserver) -> tuple[torch.device, 
     if config.deterministic:
         check_repeatable(backend, device)
     return device, backend, why
+
+
+def trial_row(trial: Trial) -> TrialRow:
+    """A trial as ``metrics.json`` has it."""
+    best = trial.best()
+    return {
+        "settings": str(trial.candidate),
+        "epochs": trial.epochs,
+        "best_epoch": best.epoch,
+        "score": best.mean,
+        "coverage": best.coverage,
+        "seconds": trial.seconds,
+    }
 
 
 def to_training_data(prepared: PreparedData) -> TrainingData:
@@ -208,7 +224,7 @@ def _check_memory(data: TrainingData, config: Config, device: torch.device, back
         resident_bytes(
             num_users=known.num_users,
             num_items=known.num_items,
-            width=padded(config.embedding_dim),
+            width=padded(config.resolved(len(data.fit), known.num_items).embedding_dim),
             num_rows=len(data.fit) + (0 if data.valid is None else len(data.train) + len(data.valid)),
             num_known=len(known.items),
             table_dtype=config.table_dtype,

@@ -14,8 +14,9 @@ from fasttower.console import Console, counted_noun
 from fasttower.data.preparation import PreparedData
 from fasttower.pipeline import FitObserver
 from fasttower.run import Run
-from fasttower.run.record import Outcome
+from fasttower.run.record import Outcome as Metrics
 from fasttower.training.observer import EpochRecord
+from fasttower.training.plan import Outcome
 
 
 class DownloadBar:
@@ -137,16 +138,17 @@ class ConsoleObserver(FitObserver):
             self._bars[phase] = self._progress.add_task(phase, total=total, speed="")
         bar = self._bars[phase]
         if done < self._progress.tasks[self._progress.task_ids.index(bar)].completed:
-            self._progress.reset(bar, total=total)  # the phase starts anew, with the next L2
+            self._progress.reset(bar, total=total)  # the next candidate
         speed = self._progress.tasks[self._progress.task_ids.index(bar)].speed
         text = f"{speed:,.0f} positives/s" if speed else ""
         self._progress.update(bar, completed=done, description=f"{phase} {epoch}/{epochs}", speed=text)
 
     def on_epoch(self, record: EpochRecord) -> None:
-        """Show an epoch in one line."""
+        """Show an epoch in one line; those of a search only move the bar."""
+        if record.phase == "search":
+            return
         parts = [
             f"{record.phase:6s} {record.epoch:2d}",
-            f"L2 {record.l2:<4g}",
             f"loss {record.train_loss:.4f}",
         ]
         if record.valid_loss is not None:
@@ -155,6 +157,17 @@ class ConsoleObserver(FitObserver):
         parts += [f"{record.epoch_s:.2f} s", f"{record.positives_per_s / 1e6:.2f} M/s"]
         self._console.print("  ".join(parts))
 
+    def on_outcome(self, outcome: Outcome) -> None:
+        """Show what a candidate of the search has come to."""
+        phase, scores = outcome.phase, outcome.scores
+        if scores is not None:
+            self._console.print(
+                f"{phase.candidate!s:52s} epochs {phase.epochs:2d}  best {scores.epoch:2d}  "
+                f"NDCG {scores.mean:.4f}  coverage {scores.coverage:.3f}  {outcome.seconds:.1f} s"
+            )
+        elif phase.name == "refit":
+            self._console.print(f"chosen: {phase.candidate}")
+
     def show_result(self, run: Run, run_dir: Path) -> None:
         """Show the metrics beside popularity's, the times, and where the run is."""
         metrics = run.metrics
@@ -162,10 +175,10 @@ class ConsoleObserver(FitObserver):
             self._show_test(metrics)
         else:
             self._console.print("no test part; fasttower evaluate takes a later file")
-            if not run.config.refit and any(record.phase == "choose" for record in run.history):
+            if not run.config.refit and any(record.phase == "search" for record in run.history):
                 self._console.print("the validation part was not trained on (--no-refit)")
         epochs = counted_noun(metrics["best_epoch"], "epoch")
-        self._console.print(f"trained for {epochs} with L2 {metrics['l2']:g}")
+        self._console.print(f"trained for {epochs}: {metrics['settings']}")
         main = next(iter(metrics["test"]), None)
         if main and metrics["test"][main] < metrics["popularity"][main]:
             self._console.print(f"[bold yellow]the model loses to popularity in {main}[/]")
@@ -175,7 +188,7 @@ class ConsoleObserver(FitObserver):
             self._warnings.print("interrupted: the run holds what had been trained by then")
         self._console.print(f"run written to {escape(str(run_dir))}")
 
-    def _show_test(self, metrics: Outcome) -> None:
+    def _show_test(self, metrics: Metrics) -> None:
         table = Table(
             title=f"test part: {metrics['test_users']:,} users",
             title_justify="left",

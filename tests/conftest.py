@@ -37,7 +37,7 @@ def pytest_collection_modifyitems(items):
 
 
 CONFIG = Config(
-    embedding_dim=4, batch_size=64, epochs=3, learning_rate=0.05, backend="torch", l2=(0.03,), threads=1, k=5
+    embedding_dim=4, batch_size=64, epochs=3, learning_rate=0.05, backend="torch", l2=0.03, threads=1, k=5
 )
 
 

@@ -86,7 +86,7 @@ def test_losses_and_negatives(fields, said):
 
 def test_settings_of_the_steps():
     config = Config(
-        loss="softmax", similarity="cosine", temperature=0.4, l2=(0.1,), bias_l2=0.3, negatives="popularity"
+        loss="softmax", similarity="cosine", temperature=0.4, l2=0.1, bias_l2=0.3, negatives="popularity"
     )
     loss = config.loss_settings(0.1)
     assert (loss.name, loss.similarity, loss.temperature) == ("softmax", "cosine", 0.4)
@@ -165,7 +165,7 @@ def test_the_notebook_preset_is_the_notebooks_protocol():
         "init_scale": 1.0,
         "item_bias": False,
         "exclude_known_positives": False,
-        "l2": (0.0,),
+        "l2": 0.0,
         "learning_rate": 1e-3,
         "batch_size": 1024,
         "num_negatives": 10,

@@ -12,7 +12,7 @@ from fasttower import Config, FastTowerError, pipeline
 from fasttower.training.data import TrainingData
 from fasttower.training.trainer import Trainer
 
-CONFIG = Config(embedding_dim=6, batch_size=64, epochs=1, backend="torch", l2=(0.03,), threads=1)
+CONFIG = Config(embedding_dim=6, batch_size=64, epochs=1, backend="torch", l2=0.03, threads=1)
 
 
 @pytest.fixture(scope="module")

@@ -199,7 +199,7 @@ def test_hard_negatives_have_no_closed_form_and_say_so():
 def test_folding_in_a_trained_users_history_gives_back_most_of_the_top_10(ml_1m):
     import fasttower
 
-    run = fasttower.fit(ml_1m, fasttower.Config(min_rating=3, l2=(0.06,)))
+    run = fasttower.fit(ml_1m, fasttower.Config(min_rating=3, l2=0.06))
     history = run.known_positives
     users = np.repeat(np.arange(history.num_users), history.degrees.numpy())
     frame = run.users[users].select("user_id").with_columns(run.items[history.items.numpy()]["item_id"])

@@ -53,7 +53,7 @@ users, items = (ids.unique(return_inverse=True)[1].int() for ids in columns)
 part = lambda rows: Interactions(users[rows].contiguous(), items[rows].contiguous())
 known = KnownPositives.from_pairs(users, items, int(users.max()) + 1, int(items.max()) + 1)
 parts = TrainingData(part(slice(0, None)), part(slice(0, None, 2)), part(slice(1, None, 50)), known)
-config = TrainingConfig(epochs=1, embedding_dim=4, l2=(0.1,), backend="torch", k=5).resolved(len(parts.fit))
+config = TrainingConfig(epochs=1, embedding_dim=4, l2=0.1, backend="torch", k=5).resolved(len(parts.fit))
 model = Trainer(parts, config).train().model
 assert top_k(model.infer_users(), model.infer_items(), k=5).items.shape == (int(users.max()) + 1, 5)
 """

@@ -154,7 +154,7 @@ def test_the_trainer_passes_it_on(interactions, known):
     tables = []
     for dtype in ("float32", "bfloat16"):
         config = TrainingConfig(
-            embedding_dim=8, batch_size=10, epochs=2, l2=(0.01,), backend="torch", table_dtype=dtype
+            embedding_dim=8, batch_size=10, epochs=2, l2=0.01, backend="torch", table_dtype=dtype
         )
         data = TrainingData(interactions, interactions, None, known)
         model = Trainer(data, config.resolved(len(interactions))).train().model

@@ -30,7 +30,7 @@ BACKENDS = [
     ),
 ]
 CONFIG = TrainingConfig(
-    embedding_dim=4, batch_size=64, epochs=4, learning_rate=0.05, l2=(0.03,), k=5, backend="torch"
+    embedding_dim=4, batch_size=64, epochs=4, learning_rate=0.05, l2=0.03, k=5, backend="torch"
 )
 
 

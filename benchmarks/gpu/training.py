@@ -31,7 +31,7 @@ from fasttower_kernels.tables import Interactions
 from fasttower_kernels.topk import top_k
 
 K = 10
-CONFIG = TrainingConfig(embedding_dim=64, l2=(0.06,), epochs=6, batch_size=8_192, k=K)
+CONFIG = TrainingConfig(embedding_dim=64, l2=0.06, epochs=6, batch_size=8_192, k=K)
 LOSS_BOUND = 1e-3  # relative, of the training loss
 NDCG_BOUND = 0.01
 

@@ -35,10 +35,10 @@ def run(arguments: Sequence[str]) -> int:
         f"{len(trained.users):,} users, {len(trained.items):,} items, "
         f"{len(trained.known_positives.items):,} distinct pairs"
     )
-    say(f"dimension {config.embedding_dim}, {bias} item bias, {config.num_negatives} negatives")
+    say(f"{metrics['settings']}, {bias} item bias")
     say(f"batch size {config.batch_size:,}, learning rate {config.learning_rate:g}")
     epochs = counted_noun(metrics["best_epoch"], "epoch")
-    say(f"trained for {epochs} with L2 {metrics['l2']:g} on {trained.device}, backend {trained.backend}")
+    say(f"trained for {epochs} on {trained.device}, backend {trained.backend}")
     if metrics.get("test"):
         table = metrics_frame(metrics["test"], metrics["popularity"])
         show_frame(table, f"test part: {metrics['test_users']:,} users")

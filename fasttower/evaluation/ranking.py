@@ -6,6 +6,8 @@ users with at least one relevant item; a user with relevant items and no recomme
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -39,6 +41,21 @@ def ranking_metrics(items: Tensor, truth: KnownPositives, train_items: Tensor, k
     Source:
         RePlay 0.22, ``replay.metrics``: equal to 1e-6.
     """
+    return means(*metrics_per_user(items, truth, train_items, k), k)
+
+
+def means(per_user: Mapping[str, Tensor], coverage: float, k: int) -> dict[str, float]:
+    """The means over the users, and the coverage, by names with the cutoff."""
+    values = torch.stack([values.mean() for values in per_user.values()]).tolist()
+    return {
+        f"{name}@{k}": value for name, value in zip([*per_user, "Coverage"], [*values, coverage], strict=True)
+    }
+
+
+def metrics_per_user(
+    items: Tensor, truth: KnownPositives, train_items: Tensor, k: int
+) -> tuple[dict[str, Tensor], float]:
+    """What `ranking_metrics` takes the means of, (R',) for users with a relevant item, and the coverage."""
     if k < 1:
         raise FastTowerError(f"k is {k}; ask for a cutoff of at least 1")
     if train_items.shape != (truth.num_items,) or not train_items.any():
@@ -83,10 +100,7 @@ def ranking_metrics(items: Tensor, truth: KnownPositives, train_items: Tensor, k
     }
     covered = recommended[recommended >= 0].unique()
     coverage = int(train_items[covered].sum()) / int(train_items.sum())
-    means = torch.stack([values.mean() for values in per_user.values()]).tolist()
-    return {
-        f"{name}@{k}": value for name, value in zip([*per_user, "Coverage"], [*means, coverage], strict=True)
-    }
+    return per_user, coverage
 
 
 def _hits(items: Tensor, truth: KnownPositives) -> Tensor:

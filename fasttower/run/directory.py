@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fasttower.config import Config
+from fasttower.config import Config, ResolvedTrainingConfig
 from fasttower.errors import FastTowerError
 from fasttower.model import TwoTower
 from fasttower.run.new_directory import all_or_nothing
@@ -75,25 +75,28 @@ def read_run(path: Path) -> dict[str, Any]:
         config = _read_object(path / "config.json")
         written = _checked_format(path, config.pop("format", 1))
         metrics = _read_object(path / "metrics.json")
+        if "l2" in metrics:  # what was chosen among several once stood there only
+            l2 = metrics.pop("l2")
+            config["l2"], metrics["settings"] = l2, f"L2 {l2:g}"
         lines = (path / "history.jsonl").read_text().splitlines()
         settings = Config.from_json(config)
         users, items = (pl.read_parquet(path / f"{name}.parquet") for name in ("users", "items"))
         fields = {
             "model": TwoTower.from_saved(
-                load_file(path / "model.safetensors"), settings.loss_settings(0).norm_temperature
+                load_file(path / "model.safetensors"), settings.resolved(0, 0).loss_settings.norm_temperature
             ),
             "users": users,
             "items": items,
             "config": settings,
             "device": config["device"],
             "backend": config["backend"],
-            "history": [EpochRecord(**json.loads(line)) for line in lines],
+            "history": [_epoch_record(line) for line in lines],
             "recommendations": _read_recommendations(path / "recommendations.parquet", written),
             "metrics": metrics,
             "known_positives": _read_known_positives(path / "known_positives.safetensors", items.height),
         }
         _check(**fields)
-        fields["config"] = fields["config"].resolved(0)  # the check saw that nothing is open
+        fields["config"] = fields["config"].resolved(0, 0)  # the check saw that nothing is open
     except (FileNotFoundError, NotADirectoryError) as error:
         if not path.is_dir():
             found = "it is a file" if path.exists() else "there is nothing of that name"
@@ -143,10 +146,10 @@ def _check(
             raise ValueError(f"{kind}s.parquet has ids that are missing, there twice, or of type {ids.dtype}")
     if (model.embedding_dim, model.item_bias is not None) != (config.embedding_dim, config.item_bias):
         raise ValueError("config.json is of another model than model.safetensors")
-    if config.batch_size is None or config.init_scale is None:
-        raise ValueError("config.json leaves the batch size or the initial scale open")
-    if not isinstance(metrics.get("l2"), int | float) or "best_epoch" not in metrics:
-        raise ValueError("metrics.json does not say with which L2 the run was trained, for how many epochs")
+    if missing := [field for field in ResolvedTrainingConfig.__annotations__ if field not in config.given]:
+        raise ValueError(f"config.json leaves open: {', '.join(missing)}")
+    if not {"settings", "best_epoch"} <= metrics.keys():
+        raise ValueError("metrics.json does not say with which settings, and for how many epochs")
     if not _is_rows(known_positives.indptr, known_positives.items, users.height, items.height):
         raise ValueError("known_positives.safetensors does not hold rows of these users and items")
 
@@ -177,6 +180,13 @@ def _checked_format(path: Path, number: Any) -> int:  # noqa: ANN401 - what it i
             " update fasttower."
         )
     return number
+
+
+def _epoch_record(line: str) -> EpochRecord:
+    fields = json.loads(line)
+    if "l2" in fields:
+        fields["settings"] = f"L2 {fields.pop('l2'):g}"
+    return EpochRecord(**fields)
 
 
 def _read_recommendations(path: Path, written: int) -> pl.DataFrame:

@@ -73,7 +73,7 @@ def recommend_new(record: Record, interactions: Any, request: Request) -> Iterat
             touched,
             model.infer_items(),
             model.item_bias,
-            config.loss_settings(record.metrics["l2"]),
+            config.loss_settings,
             record.negatives,
         )
     users = torch.arange(len(user_ids), device=vectors.device)

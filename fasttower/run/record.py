@@ -26,6 +26,20 @@ class Update(TypedDict):
     epochs: int
 
 
+class TrialRow(TypedDict):
+    """Settings that a search tried, and what the validation part said of them."""
+
+    settings: str
+    epochs: int
+    """That it was trained for."""
+    best_epoch: int
+    score: float
+    """NDCG at the cutoff after the best epoch."""
+    coverage: float
+    """Then."""
+    seconds: float
+
+
 class Outcome(TypedDict):
     """How a training ended, as ``metrics.json`` has it.
 
@@ -38,8 +52,8 @@ class Outcome(TypedDict):
     """The same of recommending the most popular items."""
     test_users: int
     """Users that these are means over."""
-    l2: float
-    """The weight of the L2 term that was chosen."""
+    settings: str
+    """The settings that were chosen, in words; ``config.json`` has them as fields."""
     best_epoch: int
     """The number of epochs that was chosen."""
     interrupted: bool
@@ -52,6 +66,8 @@ class Outcome(TypedDict):
     """The implementation of the training step that ran."""
     test_pairs_in_fit: NotRequired[int]
     """Test pairs that the model was fitted to as well: where seen items are left out, each is a miss."""
+    search: NotRequired[list[TrialRow]]
+    """What was tried, of the first seed, in the order in which it was begun."""
     positives_per_s: NotRequired[float | None]
     """Median over the epochs; None without any."""
     threads: NotRequired[int]

@@ -40,7 +40,7 @@ def update(
     """See `Run.update`."""
     epochs = whole_number("epochs", epochs)
     began = time.perf_counter()
-    config, l2 = record.config, record.metrics["l2"]
+    config = record.config
     rows = positives(
         read_later_rows(interactions, config, rated=config.min_rating is not None), config.min_rating
     )
@@ -63,12 +63,12 @@ def update(
         )
     )
     known = KnownPositives.from_pairs(pairs.user_index, pairs.item_index, users.height, items.height)
-    model = extended_model(record.model, old_users, old_items, pairs, users.height, items.height, config, l2)
+    model = extended_model(record.model, old_users, old_items, pairs, users.height, items.height, config)
     # The run may have been trained on a machine with more cores.
     with memory_of(device, "fewer rows"), cpu_threads(config.threads and min(config.threads, cpu_cores())):
         data, plan = (
             TrainingData(pairs, pairs, None, known),
-            Plan((config.seed,), (l2,), epochs, name="update"),
+            Plan((config.seed,), epochs, name="update"),
         )
         history = Trainer(data, config, plan=plan, model=model, observer=observer).train().history
         recommendations = recommend_to_all(model, known, users, items, config)
@@ -76,7 +76,7 @@ def update(
         "test": {},
         "popularity": {},
         "test_users": 0,
-        "l2": l2,
+        "settings": record.metrics["settings"],
         "best_epoch": record.metrics["best_epoch"],
         "interrupted": observer.should_stop(),
         "updates": [

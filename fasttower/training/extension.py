@@ -22,7 +22,6 @@ def extended_model(
     num_users: int,
     num_items: int,
     config: ResolvedTrainingConfig,
-    l2: float,
 ) -> TwoTower:
     """A model of more users and items: known vectors as they are, new ones where training would begin.
 
@@ -37,7 +36,6 @@ def extended_model(
         num_users: rows of the new user table.
         num_items: rows of the new item table.
         config: of the loss and the initial draws.
-        l2: the weight of the L2 term.
 
     Returns:
         The new model, on the device of the old one.
@@ -81,7 +79,7 @@ def extended_model(
         counts,
         len(rows),
     )
-    vectors = fold_in(touched, model.infer_items(), model.item_bias, config.loss_settings(l2), negatives)
+    vectors = fold_in(touched, model.infer_items(), model.item_bias, config.loss_settings, negatives)
     if model.temperature is not None:  # normalised vectors, at the length that trained ones have
         vectors *= model.temperature * model.user_tower.vectors.norm(dim=1).mean()
     knows_some = touched.degrees > 0

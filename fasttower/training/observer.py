@@ -4,26 +4,28 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fasttower.training.plan import Outcome
+
 
 @dataclass(frozen=True)
 class EpochRecord:
     """One line of a run's history.
 
     Attributes:
-        phase: "choose", "refit", "train" or "update".
-        l2: the weight of the L2 term.
+        phase: "search", "refit", "train" or "update".
+        settings: that the epoch was trained with, in words.
         epoch: from 1.
         step: training steps done so far.
-        train_loss: mean BCE of the epoch.
-        valid_loss: mean BCE of the validation part after the epoch; None without one.
-        valid: ranking metrics of the validation part after the epoch.
+        train_loss: mean loss of the epoch.
+        valid_loss: mean loss of the validation part after the epoch; None where it was not scored.
+        valid: ranking metrics of the validation part after the epoch; none where it was not scored.
         epoch_s: seconds of training, without validation.
         positives_per_s: of training, without validation.
         elapsed_s: seconds since the phase began, validation included.
     """
 
     phase: str
-    l2: float
+    settings: str
     epoch: int
     step: int
     train_loss: float
@@ -45,6 +47,9 @@ class Observer:
 
     def on_epoch(self, record: EpochRecord) -> None:
         """Called after each epoch."""
+
+    def on_outcome(self, outcome: Outcome) -> None:
+        """Called after each phase."""
 
     def should_stop(self) -> bool:
         """Asked every so often; True ends the training there."""

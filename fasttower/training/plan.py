@@ -6,36 +6,37 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from fasttower.config import TrainingConfig
+from fasttower.config import Preference, TrainingConfig
+from fasttower.training.search import Candidate, Scores, Search, Trial, chosen
 
-PhaseName = Literal["choose", "refit", "train", "update"]
+PhaseName = Literal["search", "refit", "train", "update"]
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A model trained from its initial vectors for some epochs.
+    """A model trained for some epochs.
 
     Attributes:
         name: what it is for.
         seed: of every draw.
-        l2: the weight of the L2 term.
-        epochs: passes over the part that it trains on.
+        epochs: passes over the part that it trains on, those of earlier phases that it goes on from included.
+        part: of the data that it trains on.
+        candidate: the settings; None for those of the configuration.
+        begins_after: epochs that an earlier phase of the same candidate has trained it for; 0 to begin from
+            the initial vectors.
     """
 
     name: PhaseName
     seed: int
-    l2: float
     epochs: int
+    part: Literal["train", "fit"] = "fit"
+    candidate: Candidate | None = None
+    begins_after: int = 0
 
     @property
-    def chooses(self) -> bool:
+    def searches(self) -> bool:
         """Whether its epochs are scored on the validation part and the best one counts, not the last."""
-        return self.name == "choose"
-
-    @property
-    def part(self) -> Literal["train", "fit"]:
-        """The part of the data that it trains on."""
-        return "train" if self.chooses else "fit"
+        return self.name == "search"
 
 
 @dataclass(frozen=True)
@@ -44,44 +45,46 @@ class Outcome:
 
     Attributes:
         phase: the phase.
-        epoch: the epoch that counts, from 1.
-        score: the validation metric after that epoch, the larger the better; only where the phase chooses.
+        scores: after its best epoch; None where nothing was scored.
+        seconds: that it took.
     """
 
     phase: Phase
-    epoch: int
-    score: float = 0.0
+    scores: Scores | None = None
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
 class Plan:
     """The phases of a training, seed by seed.
 
-    With a validation part to choose on, a "choose" phase per L2 on train gives the L2 and the epoch with the
-    best score (the first of equals), then "refit" trains from scratch on fit with that L2 for that many
-    epochs. Otherwise there is one phase on fit with the first L2.
+    With a search there are "search" phases on train, until it is over; then "refit" trains the settings that
+    were chosen from scratch, for as many epochs as were best. Otherwise there is one phase on fit.
 
     Attributes:
         seeds: one model per seed.
-        l2: the candidates.
-        epochs: of each phase but "refit".
-        choose: whether there is a validation part to choose on.
-        refit: whether "refit" follows "choose"; without it the best epoch's model counts.
-        name: of the one phase where there is nothing to choose on.
+        epochs: of the one phase where nothing is searched for.
+        search: among which settings; None where there is no validation part to choose on.
+        prefer: how to choose.
+        refit_on: the part that the chosen settings are trained on.
+        name: of the one phase where nothing is searched for.
     """
 
     seeds: Sequence[int]
-    l2: tuple[float, ...]
-    epochs: int
-    choose: bool = False
-    refit: bool = False
+    epochs: int = 1
+    search: Search | None = None
+    prefer: Preference = "balanced"
+    refit_on: Literal["train", "fit"] = "fit"
     name: PhaseName = "train"
 
     @staticmethod
-    def of(config: TrainingConfig, *, validated: bool) -> Plan:
+    def of(config: TrainingConfig, num_items: int, *, validated: bool) -> Plan:
         """The plan of a configuration, for data with or without a validation part."""
         seeds = range(config.seed, config.seed + config.seeds)
-        return Plan(seeds, config.l2, config.epochs, choose=validated, refit=validated and config.refit)
+        if not validated:
+            return Plan(seeds, config.resolved(0, num_items).epochs)
+        search = Search.of(config, num_items)
+        return Plan(seeds, search=search, prefer=config.prefer, refit_on="fit" if config.refit else "train")
 
     def next_phase(self, outcomes: Sequence[Outcome]) -> Phase | None:
         """The phase to go through now; None when all are done.
@@ -91,11 +94,36 @@ class Plan:
         """
         for seed in self.seeds:
             done = [outcome for outcome in outcomes if outcome.phase.seed == seed]
-            if not self.choose and not done:
-                return Phase(self.name, seed, self.l2[0], self.epochs)
-            if self.choose and len(done) < len(self.l2):
-                return Phase("choose", seed, self.l2[len(done)], self.epochs)
-            if self.refit and len(done) == len(self.l2):
-                best = max(done, key=lambda outcome: outcome.score)
-                return Phase("refit", seed, best.phase.l2, best.epoch)
+            if self.search is None and not done:
+                return Phase(self.name, seed, self.epochs)
+            if self.search is not None and not (done and done[-1].phase.name == "refit"):
+                return self._next_search(self.search, seed, done)
         return None
+
+    def _next_search(self, search: Search, seed: int, done: Sequence[Outcome]) -> Phase:
+        """The next phase of a seed with a search, the refit if that is over."""
+        trials = trials_of(done)
+        found = search.next(trials)
+        if found is None:
+            best = chosen(trials, self.prefer)
+            return Phase("refit", seed, best.best().epoch, self.refit_on, best.candidate)
+        candidate, rung = found
+        begins_after = search.epochs(candidate, rung - 1) if rung else 0
+        return Phase("search", seed, search.epochs(candidate, rung), "train", candidate, begins_after)
+
+
+def trials_of(outcomes: Sequence[Outcome]) -> list[Trial]:
+    """The trials of one seed's search, in the order in which they were begun."""
+    by_candidate: dict[Candidate, list[Outcome]] = {}
+    for outcome in outcomes:
+        if outcome.phase.candidate is not None and outcome.phase.searches:
+            by_candidate.setdefault(outcome.phase.candidate, []).append(outcome)
+    return [
+        Trial(
+            candidate,
+            [one.scores for one in of if one.scores],
+            sum(one.seconds for one in of),
+            of[-1].phase.epochs,
+        )
+        for candidate, of in by_candidate.items()
+    ]

@@ -7,14 +7,17 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from fasttower.training.observer import EpochRecord
-from fasttower.training.plan import Outcome
+from fasttower.training.plan import Outcome, Phase
+from fasttower.training.search import Candidate, Scores
 
 
 @dataclass(frozen=True)
 class BestEpoch:
     """The epoch with the best validation score so far, and copies of the model's tables after it."""
 
-    record: EpochRecord
+    phase: Phase
+    epoch: int
+    score: float
     tables: list[Tensor]
 
 
@@ -26,6 +29,7 @@ class Progress:
         seeds_done: models that `Trainer.train` has returned whole.
         outcomes: of the phases that have ended, of all seeds.
         history: the epochs of the current seed.
+        scores: the best of the current phase; None before any.
         best: of the current seed's epochs; None once a phase has ended whose last epoch counts.
         step: steps done in the current phase.
         loss: summed over the positives of the current epoch so far, without L2.
@@ -36,6 +40,7 @@ class Progress:
     seeds_done: int = 0
     outcomes: list[Outcome] = field(default_factory=list)
     history: list[EpochRecord] = field(default_factory=list)
+    scores: Scores | None = None
     best: BestEpoch | None = None
     step: int = 0
     loss: float = 0.0
@@ -54,7 +59,9 @@ class TrainerState:
     Attributes:
         progress: how far it has come.
         tables: the model's parameters and, within a phase, Adam's first and second moments of each.
+        paused: the same of the candidates that the search may go on with.
     """
 
     progress: Progress
     tables: list[Tensor]
+    paused: dict[Candidate, list[Tensor]] = field(default_factory=dict)

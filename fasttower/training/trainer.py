@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -14,7 +13,8 @@ from fasttower.errors import TrainingError
 from fasttower.model import TwoTower
 from fasttower.training.data import TrainingData
 from fasttower.training.observer import EpochRecord, Observer
-from fasttower.training.plan import Outcome, Phase, Plan
+from fasttower.training.plan import Outcome, Phase, Plan, trials_of
+from fasttower.training.search import MOST_EPOCHS, Candidate, Scores, Trial, is_scored
 from fasttower.training.state import BestEpoch, Progress, TrainerState
 from fasttower.training.validation import Validation
 from fasttower_kernels.known_positives import KnownPositives
@@ -36,15 +36,17 @@ class TrainedModel:
 
     Attributes:
         model: the trained model.
+        settings: that it was trained with: the configuration's and those that the validation part chose.
         history: the record of every epoch, of all phases.
-        l2: the weight of the L2 term that the validation part chose; the first one without a validation part.
-        best_epoch: the epoch that it chose; the last one without a validation part.
+        trials: what was searched, in the order in which it was begun; none without a validation part.
+        best_epoch: the number of epochs that was chosen; the last one without a validation part.
         interrupted: whether the stop signal ended training early.
     """
 
     model: TwoTower
+    settings: ResolvedTrainingConfig
     history: list[EpochRecord]
-    l2: float
+    trials: list[Trial]
     best_epoch: int
     interrupted: bool
 
@@ -96,7 +98,7 @@ class Trainer:
 
     Args:
         data: on the device where training happens.
-        config: of the model, the loss, the optimiser and the batches.
+        config: of the model, the loss, the optimiser and the batches; what it leaves open is searched for.
         plan: the phases; by default those of the configuration.
         model: what every phase trains, in place; by default each phase begins with a new one.
         observer: progress and the stop signal.
@@ -109,23 +111,24 @@ class Trainer:
     def __init__(
         self,
         data: TrainingData,
-        config: ResolvedTrainingConfig,
+        config: TrainingConfig,
         *,
         plan: Plan | None = None,
         model: TwoTower | None = None,
         observer: Observer = Observer(),  # noqa: B008 - it has no state
     ) -> None:
         self.config = config
-        self.plan = plan or Plan.of(config, validated=data.valid is not None)
+        known = data.known_positives
+        self.plan = plan or Plan.of(config, known.num_items, validated=data.valid is not None)
         self.observer = observer
         self.progress = Progress()
         self.model = model
         self._given_model = model
         self._step: _PhaseStep | None = None  # None between phases
-        known = data.known_positives
+        self._paused: dict[Candidate, tuple[TwoTower, TrainState]] = {}  # of the current seed's search
         self._parts = {"fit": (data.fit, known)}
         self._validation: Validation | None = None
-        if self.plan.choose and data.valid is not None:
+        if self.plan.search is not None and data.valid is not None:
             pairs = data.train.user_index, data.train.item_index
             seen = KnownPositives.from_pairs(*pairs, known.num_users, known.num_items)
             self._parts["train"] = (data.train, seen)
@@ -155,6 +158,7 @@ class Trainer:
         if phase is None or phase.seed != seed:
             self.progress = Progress(self.progress.seeds_done + 1, self.progress.outcomes)
             self.model = None
+            self._paused.clear()
         return trained
 
     def advance(self) -> None:
@@ -180,10 +184,14 @@ class Trainer:
 
     def _begin(self, phase: Phase) -> _PhaseStep:
         """The model and the training step of a phase."""
-        config = self.config
+        config = self.settings(phase)
         interactions, known = self._parts[phase.part]
-        self.model = self._given_model or self._new_model(phase.seed)
-        state = TrainState.start(self.model.tables)
+        if phase.begins_after:
+            assert phase.candidate is not None  # only a search goes on
+            self.model, state = self._paused.pop(phase.candidate)
+        else:
+            self.model = self._given_model or self._new_model(config, phase.seed)
+            state = TrainState.start(self.model.tables)
         negatives = Negatives.of(
             config.negative_settings,
             interactions,
@@ -195,22 +203,31 @@ class Trainer:
             config.learning_rate,
             config.batch_size,
             phase.seed,
-            config.loss_settings(phase.l2),
+            config.loss_settings,
             negatives.settings,
             config.optimiser,
             config.table_dtype,
             config.deterministic,
         )
-        return _PhaseStep(state, interactions, negatives, settings, config)
+        step = _PhaseStep(state, interactions, negatives, settings, config)
+        self.progress.step = max(self.progress.step, phase.begins_after * step.per_epoch)
+        return step
 
-    def _new_model(self, seed: int) -> TwoTower:
-        config, (_, known) = self.config, self._parts["fit"]
+    def settings(self, phase: Phase) -> ResolvedTrainingConfig:
+        """The configuration with which a phase trains."""
+        fit, known = self._parts["fit"]
+        chosen = {} if phase.candidate is None else phase.candidate._asdict()
+        epochs = MOST_EPOCHS if self.plan.search is not None else phase.epochs
+        return self.config.resolved(len(fit), known.num_items, **chosen, epochs=epochs)
+
+    def _new_model(self, config: ResolvedTrainingConfig, seed: int) -> TwoTower:
+        _, known = self._parts["fit"]
         model = TwoTower(
             known.num_users,
             known.num_items,
             config.embedding_dim,
             item_bias=config.item_bias,
-            temperature=config.loss_settings(0).norm_temperature,
+            temperature=config.loss_settings.norm_temperature,
         )
         return model.initialise(seed, config.init_scale).to(known.items.device)
 
@@ -226,11 +243,11 @@ class Trainer:
                 f"{largest:g}); try a --learning-rate below {self.config.learning_rate:g}."
             )
         began = time.perf_counter()
-        valid_loss, valid = self._validate(phase, step)
+        valid_loss, valid, scores = self._validate(phase, step, epoch)
         progress.phase_s += time.perf_counter() - began
         record = EpochRecord(
             phase=phase.name,
-            l2=phase.l2,
+            settings=str(Candidate.of(self.settings(phase))),
             epoch=epoch,
             step=progress.step,
             train_loss=train_loss,
@@ -240,72 +257,105 @@ class Trainer:
             positives_per_s=num_rows / progress.epoch_s,
             elapsed_s=progress.phase_s,
         )
-        best = progress.best
-        if phase.chooses and (best is None or self._score(record) > self._score(best.record)):
-            progress.best = BestEpoch(record, [table.clone() for table in step.state.parameters])
+        if scores is not None:
+            if progress.scores is None or scores.mean > progress.scores.mean:
+                progress.scores = scores
+            if progress.best is None or scores.mean > progress.best.score:
+                tables = [table.clone() for table in step.state.parameters]
+                progress.best = BestEpoch(phase, epoch, scores.mean, tables)
         progress.history.append(record)
         progress.loss = progress.epoch_s = 0.0
         self.observer.on_epoch(record)
 
-    def _validate(self, phase: Phase, step: _PhaseStep) -> tuple[float | None, dict[str, float]]:
-        """The validation loss and metrics of the model; none where the phase does not choose."""
-        if not phase.chooses:
-            return None, {}
+    def _validate(
+        self, phase: Phase, step: _PhaseStep, epoch: int
+    ) -> tuple[float | None, dict[str, float], Scores | None]:
+        """The validation loss, metrics and scores of the model; none where the epoch is not scored."""
+        if not (phase.searches and is_scored(epoch, phase.epochs)):
+            return None, {}, None
         assert self._validation is not None
         assert self.model is not None  # both are there within such a phase
         loss = self._validation.loss(
             self.model, step.settings.loss, step.negatives, seed=phase.seed, backend=self.config.backend
         )
-        return loss, self._validation.metrics(self.model)
-
-    def _score(self, record: EpochRecord) -> float:
-        """What epochs are chosen by."""
-        return record.valid[f"NDCG@{self.config.k}"]
+        metrics, ndcg = self._validation.metrics(self.model)
+        return loss, metrics, Scores(epoch, ndcg, metrics[f"Coverage@{self.config.k}"])
 
     def _end_phase(self, phase: Phase) -> None:
         """Record the outcome of a phase; the next step begins the next one."""
-        progress = self.progress
-        if phase.chooses:
-            best = max(progress.history[-phase.epochs :], key=self._score)
-            progress.outcomes.append(Outcome(phase, best.epoch, self._score(best)))
+        progress, step = self.progress, self._step
+        outcome = Outcome(phase, progress.scores, progress.phase_s)
+        progress.outcomes.append(outcome)
+        if phase.searches:
+            assert self.model is not None
+            assert step is not None
+            assert phase.candidate is not None
+            self._paused[phase.candidate] = self.model, step.state
         else:
-            progress.outcomes.append(Outcome(phase, phase.epochs))
             progress.best = None  # the model as it is counts
-        progress.step, progress.phase_s, self._step = 0, 0.0, None
+        progress.step, progress.phase_s, progress.scores, self._step = 0, 0.0, None, None
+        self.observer.on_outcome(outcome)
 
     def _trained(self, *, interrupted: bool) -> TrainedModel:
         """The current seed's model as it stands."""
-        model, phase, best = self.model, self.phase, self.progress.best
-        history = list(self.progress.history)
+        progress, model, best = self.progress, self.model, self.progress.best
+        seed = self.plan.seeds[progress.seeds_done]
+        history = list(progress.history)
+        trials = trials_of([outcome for outcome in progress.outcomes if outcome.phase.seed == seed])
         assert model is not None  # a step has been run
-        if best is not None:
-            model = copy.deepcopy(model)
+        if best is None:
+            done = [outcome.phase for outcome in progress.outcomes if outcome.phase.seed == seed]
+            phase = self.phase if self._step is not None else done[-1]
+            assert phase is not None
+            epoch = history[-1].epoch if history else 0
+        else:
+            phase, epoch = best.phase, best.epoch
+            model = self._new_model(self.settings(phase), seed)
             for table, values in zip(model.tables, best.tables, strict=True):
                 table.copy_(values)
-        if best is None and not history:
-            assert phase is not None  # it was stopped in its first epoch
-            return TrainedModel(model, history, phase.l2, 0, interrupted)
-        record = history[-1] if best is None else best.record
-        return TrainedModel(model, history, record.l2, record.epoch, interrupted)
+        settings = replace(self.settings(phase), epochs=max(epoch, 1))  # what trains the same model again
+        return TrainedModel(model, settings, history, trials, epoch, interrupted)
 
     def state(self) -> TrainerState:
         """A copy of all that is needed to go on."""
-        return TrainerState(self.progress.copy(), [table.clone() for table in self._tables()])
+        paused = {candidate: _copies(state) for candidate, (_, state) in self._paused.items()}
+        return TrainerState(self.progress.copy(), [table.clone() for table in self._tables()], paused)
 
     def load(self, state: TrainerState) -> None:
         """Go on from the state of a trainer of the same data, configuration and plan."""
         self.progress = state.progress.copy()
         phase = self.phase
+        self._paused = {
+            candidate: self._resumed(candidate, tables) for candidate, tables in state.paused.items()
+        }
         if phase is not None and self.progress.step:
-            self._step = self._begin(phase)
+            begun = replace(phase, begins_after=0)  # its tables are those of the state
+            self._step = self._begin(begun)
         elif state.tables:
-            self.model = self._given_model or self._new_model(self.config.seed)
+            last = self.progress.outcomes[-1].phase
+            self.model = self._given_model or self._new_model(self.settings(last), last.seed)
         for table, values in zip(self._tables(), state.tables, strict=True):
             table.copy_(values)
 
+    def _resumed(self, candidate: Candidate, tables: list[Tensor]) -> tuple[TwoTower, TrainState]:
+        """A candidate's model and state with given contents."""
+        phase = Phase("search", self.config.seed, 1, candidate=candidate)
+        model = self._new_model(self.settings(phase), phase.seed)
+        state = TrainState.start(model.tables)
+        for table, values in zip(_parts(state), tables, strict=True):
+            table.copy_(values)
+        return model, state
+
     def _tables(self) -> list[Tensor]:
-        """What a `TrainerState` holds, in its order."""
+        """What a `TrainerState` holds of the current model, in its order."""
         if self._step is not None:
-            state = self._step.state
-            return [*state.parameters, *state.moments_1, *state.moments_2]
+            return _parts(self._step.state)
         return [] if self.model is None else list(self.model.tables)
+
+
+def _parts(state: TrainState) -> list[Tensor]:
+    return [*state.parameters, *state.moments_1, *state.moments_2]
+
+
+def _copies(state: TrainState) -> list[Tensor]:
+    return [table.clone() for table in _parts(state)]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fasttower.evaluation.ranking import ranking_metrics
+from fasttower.evaluation.ranking import means, metrics_per_user
 from fasttower.model import TwoTower
 from fasttower_kernels.known_positives import KnownPositives
 from fasttower_kernels.negatives import Negatives
@@ -16,6 +16,9 @@ from fasttower_kernels.step import loss_sum
 from fasttower_kernels.tables import Interactions
 from fasttower_kernels.topk import top_k
 
+MOST_USERS = 8_192
+"""Users whose ranking is scored; of more, every n-th: the top-K of all would take longer than an epoch."""
+
 
 @dataclass(frozen=True)
 class Validation:
@@ -23,7 +26,7 @@ class Validation:
 
     Attributes:
         interactions: the validation pairs, on the device where the model is.
-        users: (R,), int64: the users who have any.
+        users: (R,), int64: users who have any.
         truth: their items; row r belongs to ``users[r]``.
         seen: the training part's known positives.
         train_items: (I,), bool: the items of the training part.
@@ -45,14 +48,19 @@ class Validation:
     ) -> Validation:
         """Group the validation pairs by user."""
         users, row = torch.unique(interactions.user_index, return_inverse=True)
-        truth = KnownPositives.from_pairs(row, interactions.item_index, len(users), seen.num_items)
+        every = -(-len(users) // MOST_USERS)
+        ranked = row % every == 0
+        users = users[::every]
+        truth = KnownPositives.from_pairs(
+            row[ranked] // every, interactions.item_index[ranked], len(users), seen.num_items
+        )
         train_items = torch.zeros(seen.num_items, dtype=torch.bool, device=seen.items.device)
         train_items[seen.items.long()] = True
         return Validation(interactions, users.long(), truth, seen, train_items, k, filter_seen)
 
     @torch.no_grad()
-    def metrics(self, model: TwoTower) -> dict[str, float]:
-        """The ranking metrics at k of the validation users, training items left out."""
+    def metrics(self, model: TwoTower) -> tuple[dict[str, float], torch.Tensor]:
+        """The ranking metrics at k of the validation users, training items left out; their NDCG, (R,)."""
         topk = top_k(
             model.infer_users(self.users),
             model.infer_items(),
@@ -61,7 +69,8 @@ class Validation:
             seen=self.seen if self.filter_seen else None,
             seen_users=self.users if self.filter_seen else None,
         )
-        return ranking_metrics(topk.items, self.truth, self.train_items, self.k)
+        per_user, coverage = metrics_per_user(topk.items, self.truth, self.train_items, self.k)
+        return means(per_user, coverage, self.k), per_user["NDCG"].cpu()
 
     @torch.no_grad()
     def loss(

@@ -299,7 +299,7 @@ def test_the_trainer_passes_it_on():
     models = []
     for optimiser in ("adam", "lazy_adam"):
         config = TrainingConfig(
-            embedding_dim=8, batch_size=100, epochs=2, l2=(0.01,), optimiser=optimiser, backend="torch"
+            embedding_dim=8, batch_size=100, epochs=2, l2=0.01, optimiser=optimiser, backend="torch"
         )
         interactions = make_interactions()
         data = TrainingData(interactions, interactions, None, make_known())

@@ -1,0 +1,245 @@
+"""The search for settings: which candidate to train next and how far, and which one to choose.
+
+Candidates are trained for a few epochs, the better half of them for twice as many, and so on, each going on
+from where it stopped (successive halving). What no longer gains is not trained further. Where the best
+candidate of a family stands at the edge of the values tried, the next value outward is tried too.
+
+All decisions are functions of the trials so far, so that a search that was stopped goes on as if it had not
+been.
+
+Source: Jamieson and Talwalkar, "Non-stochastic Best Arm Identification and Hyperparameter Optimization"
+(AISTATS 2016), algorithm 1; Breiman et al., "Classification and Regression Trees" (1984), section 3.4.3, for
+the rule of one standard error.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from fasttower.config import SMALL_CATALOGUE, Preference, ResolvedTrainingConfig, TrainingConfig
+from fasttower.training.families import OWN_NEGATIVES, Family
+from fasttower_kernels.settings import LossName, Proposal, Similarity
+
+GRIDS = {
+    "l2": (0.004, 0.0075, 0.015, 0.03, 0.06, 0.12, 0.24, 0.48),
+    "temperature": (0.05, 0.07, 0.1, 0.14, 0.2, 0.28, 0.4, 0.56, 0.8),
+}
+"""Values of a family's axis, in steps of 2 and of the square root of 2."""
+
+QUICK = {"l2": (0.03, 0.06, 0.12), "temperature": (0.14, 0.4)}
+THOROUGH = {"l2": (0.015, 0.03, 0.06, 0.12, 0.24), "temperature": (0.1, 0.14, 0.2, 0.28, 0.4)}
+STANDARD = {"l2": 0.06, "temperature": 0.2}
+"""What a search begins with, and the value without one."""
+
+FIRST_RUNG = 4
+"""Epochs before any candidate is left; half as many with negatives that a block shares, of which a positive
+has hundreds."""
+
+MOST_EPOCHS = 64
+
+TOLERANCE: dict[Preference, float] = {"accuracy": 0.0, "balanced": 1.0, "coverage": 2.0}
+"""Standard errors within which coverage decides."""
+
+
+class Candidate(NamedTuple):
+    """Settings to try, as fields of a configuration."""
+
+    loss: LossName
+    negatives: Proposal
+    similarity: Similarity
+    l2: float
+    temperature: float
+    embedding_dim: int
+
+    @staticmethod
+    def of(config: ResolvedTrainingConfig) -> Candidate:
+        """The settings of a configuration that leaves none open."""
+        return Candidate(*(getattr(config, name) for name in Candidate._fields))
+
+    @property
+    def family(self) -> Family:
+        """What it is one of."""
+        return Family(self.loss, self.negatives, self.similarity)
+
+    @property
+    def value(self) -> float:
+        """On its family's axis."""
+        return self.l2 if self.family.axis == "l2" else self.temperature
+
+    def with_value(self, value: float) -> Candidate:
+        """The same with another value on the axis."""
+        return self._replace(l2=value) if self.family.axis == "l2" else self._replace(temperature=value)
+
+    def __str__(self) -> str:
+        """As a person reads it."""
+        number = f"L2 {self.l2:g}" if self.family.axis == "l2" else f"temperature {self.temperature:g}"
+        return f"{self.loss}, {self.negatives}, {self.similarity}, {number}, dim {self.embedding_dim}"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the validation part says of a candidate's model.
+
+    Attributes:
+        epoch: after which it was scored, from 1.
+        per_user: (R,), float64: the metric that decides, such as NDCG.
+        coverage: share of the training items that were recommended.
+    """
+
+    epoch: int
+    per_user: Tensor
+    coverage: float
+
+    @property
+    def mean(self) -> float:
+        """Over the users, the larger the better."""
+        return float(self.per_user.mean())
+
+    def behind(self, other: Scores) -> tuple[float, float]:
+        """How far the mean is below another model's, and the standard error of that, paired by user."""
+        difference = other.per_user - self.per_user
+        count = len(difference)
+        return float(difference.mean()), float(difference.std()) / math.sqrt(count) if count > 1 else math.inf
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A candidate, the best scores in each of the rungs that it has been through, and what that took."""
+
+    candidate: Candidate
+    rungs: list[Scores]
+    seconds: float = 0.0
+    epochs: int = 0
+
+    def best(self, rung: int | None = None) -> Scores:
+        """The best scores up to a rung, or of all; the first of equals."""
+        return max(self.rungs if rung is None else self.rungs[: rung + 1], key=lambda scores: scores.mean)
+
+    def gains(self, rung: int) -> bool:
+        """Whether going on to this rung has paid: by half a standard error."""
+        if rung == 0:
+            return True
+        gain, error = self.best(rung - 1).behind(self.rungs[rung])
+        return gain > 0.5 * error
+
+
+@dataclass(frozen=True)
+class Search:
+    """A search among candidates.
+
+    Attributes:
+        start: the candidates to begin with.
+        most_epochs: up to which a candidate is trained.
+        opens: whether a value outward of the edge is tried.
+        seconds: of training after which nothing more is begun; None for no limit.
+    """
+
+    start: tuple[Candidate, ...]
+    most_epochs: int
+    opens: bool = True
+    seconds: float | None = None
+
+    @staticmethod
+    def of(config: TrainingConfig, num_items: int) -> Search:
+        """The search of a configuration over so many items."""
+        given = config.given
+        dim = given.get("embedding_dim", 32 if num_items <= SMALL_CATALOGUE else 128)
+        grid = QUICK if config.search == "quick" else THOROUGH
+        start = []
+        for family in config.families if config.search != "none" else config.families[:1]:
+            l2, temperature = given.get("l2", 0.0), given.get("temperature", STANDARD["temperature"])
+            candidate = Candidate(*family, l2=l2, temperature=temperature, embedding_dim=dim)
+            if family.axis in given:
+                values: Sequence[float] = (given[family.axis],)
+            else:
+                values = (STANDARD[family.axis],) if config.search == "none" else grid[family.axis]
+            start += [candidate.with_value(value) for value in values]
+        if config.search not in ("none", "quick") and "embedding_dim" not in given:
+            start += [candidate._replace(embedding_dim=2 * dim) for candidate in start]
+        opens = config.search != "none"
+        seconds = None if isinstance(config.search, str) else float(config.search)
+        return Search(tuple(start), config.epochs or MOST_EPOCHS, opens, seconds)
+
+    def epochs(self, candidate: Candidate, rung: int) -> int:
+        """Up to which a candidate is trained in a rung before it is compared with others."""
+        first = FIRST_RUNG if candidate.negatives in OWN_NEGATIVES else FIRST_RUNG // 2
+        return min(first << rung, self.most_epochs)
+
+    def next(self, trials: Sequence[Trial]) -> tuple[Candidate, int] | None:
+        """The candidate to train and the rung to train it to, given all trials so far; None at the end."""
+        spent = sum(trial.seconds for trial in trials)
+        if trials and self.seconds is not None and spent >= self.seconds:
+            return None
+        tried = {trial.candidate for trial in trials}
+        for candidate in self.start:
+            if candidate not in tried:
+                return candidate, 0
+        for rung in range(max((len(trial.rungs) for trial in trials), default=0)):
+            reached = [trial for trial in trials if len(trial.rungs) > rung]
+            reached.sort(key=lambda trial: -trial.best(rung).mean)  # stable: the first of equals stays so
+            for candidate in self._outward(reached, rung, tried):
+                return candidate, 0
+            for trial in _promoted(reached, rung):
+                ended = self.epochs(trial.candidate, rung) == self.most_epochs
+                if len(trial.rungs) == rung + 1 and not ended:
+                    return trial.candidate, rung + 1
+        return None
+
+    def _outward(self, ranked: Sequence[Trial], rung: int, tried: set[Candidate]) -> Iterator[Candidate]:
+        """The untried neighbours of the best trial of each family that is not clearly behind."""
+        if not self.opens:
+            return
+        seen: set[tuple[Family, int]] = set()
+        for trial in ranked:
+            candidate = trial.candidate
+            kind = candidate.family, candidate.embedding_dim
+            grid = GRIDS[candidate.family.axis]
+            if kind in seen or candidate.value not in grid:
+                continue
+            seen.add(kind)
+            behind, error = trial.best(rung).behind(ranked[0].best(rung))
+            if behind > 2 * error:
+                continue
+            place = grid.index(candidate.value)
+            for neighbour in grid[max(place - 1, 0) : place + 2]:
+                outward = candidate.with_value(neighbour)
+                if outward not in tried and len(self._values(candidate, tried)) > 1:
+                    yield outward
+
+    def _values(self, candidate: Candidate, tried: set[Candidate]) -> set[float]:
+        """Tried of the same kind: a value that was given is the only one."""
+        return {other.value for other in tried if other == candidate.with_value(other.value)}
+
+
+def _promoted(ranked: Sequence[Trial], rung: int) -> list[Trial]:
+    """Those that go on to the next rung: the better half, and at first the best of each family."""
+    kept = [trial for place, trial in enumerate(ranked) if 2 * place < len(ranked)]
+    if rung == 0:
+        families = {trial.candidate.family for trial in kept}
+        for trial in ranked:
+            if trial.candidate.family not in families:
+                families.add(trial.candidate.family)
+                kept.append(trial)
+    return [trial for trial in kept if trial.gains(rung)]
+
+
+def is_scored(epoch: int, last: int) -> bool:
+    """Whether a candidate is scored after this epoch: eight times, then four times per doubling."""
+    return epoch == last or epoch <= 8 or epoch % (1 << (epoch - 1).bit_length() - 3) == 0
+
+
+def chosen(trials: Sequence[Trial], prefer: Preference) -> Trial:
+    """The trial with the largest coverage among those within some standard errors of the best one."""
+    best = max(trials, key=lambda trial: trial.best().mean)
+
+    def is_close(trial: Trial) -> bool:
+        behind, error = trial.best().behind(best.best())
+        return behind <= TOLERANCE[prefer] * error
+
+    close = [trial for trial in trials if trial is best or (TOLERANCE[prefer] and is_close(trial))]
+    return max(close, key=lambda trial: trial.best().coverage)
