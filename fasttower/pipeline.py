@@ -22,7 +22,7 @@ from fasttower.evaluation.replay_report import replay_metrics
 from fasttower.retrieval import IdMap, recommend_to_all, recommendation_frame
 from fasttower.run import Run
 from fasttower.run.record import Outcome, TrialRow
-from fasttower.training.data import TrainingData
+from fasttower.training.data import Cut, TrainingData
 from fasttower.training.observer import Observer
 from fasttower.training.search import Candidate, Trial
 from fasttower.training.trainer import TrainedModel, Trainer
@@ -199,12 +199,12 @@ def trial_row(trial: Trial) -> TrialRow:
 
 def to_training_data(prepared: PreparedData) -> TrainingData:
     """The prepared parts as tensors on the CPU, with the known positives of fit."""
-    fit, train = (_interactions(frame) for frame in (prepared.fit, prepared.train))
-    valid = None if prepared.valid is None else _interactions(prepared.valid)
+    fit = _interactions(prepared.fit)
+    cuts = tuple(Cut(_interactions(train), _interactions(valid)) for train, valid in prepared.cuts)
     known = KnownPositives.from_pairs(
         fit.user_index, fit.item_index, prepared.users.height, prepared.items.height
     )
-    return TrainingData(fit, train, valid, known)
+    return TrainingData(fit, known, cuts)
 
 
 def _interactions(frame: pl.DataFrame) -> Interactions:
@@ -225,7 +225,7 @@ def _check_memory(data: TrainingData, config: Config, device: torch.device, back
             num_users=known.num_users,
             num_items=known.num_items,
             width=padded(config.resolved(len(data.fit), known.num_items).embedding_dim),
-            num_rows=len(data.fit) + (0 if data.valid is None else len(data.train) + len(data.valid)),
+            num_rows=len(data.fit) + sum(len(cut.train) + len(cut.valid) for cut in data.cuts),
             num_known=len(known.items),
             table_dtype=config.table_dtype,
         ),

@@ -159,11 +159,12 @@ class ConsoleObserver(FitObserver):
 
     def on_outcome(self, outcome: Outcome) -> None:
         """Show what a candidate of the search has come to."""
-        phase, scores = outcome.phase, outcome.scores
-        if scores is not None:
+        phase = outcome.phase
+        if phase.searches:
+            best = max(outcome.scores, key=lambda scores: scores.mean)
             self._console.print(
-                f"{phase.candidate!s:52s} epochs {phase.epochs:2d}  best {scores.epoch:2d}  "
-                f"NDCG {scores.mean:.4f}  coverage {scores.coverage:.3f}  {outcome.seconds:.1f} s"
+                f"{phase.candidate}: cut {phase.cut}, epoch {best.epoch} of {phase.epochs}, "
+                f"NDCG {best.mean:.4f}, coverage {best.coverage:.3f}, {outcome.seconds:.1f} s"
             )
         elif phase.name == "refit":
             self._console.print(f"chosen: {phase.candidate}")

@@ -29,16 +29,23 @@ from fasttower_kernels.philox import Purpose, derive_key
 __all__ = ["PreparedData", "StepCount", "prepare"]
 
 
+ENOUGH_USERS = 2_000
+"""Validation users below which there is another validation cut."""
+
+MOST_CUTS = 2
+
+
 @dataclass(frozen=True)
 class PreparedData:
     """Interactions ready to train and to test on.
 
-    The four parts have the columns user_index and item_index, Int32.
+    The parts have the columns user_index and item_index, Int32.
 
     Attributes:
         fit: all rows before the test cut, in the order of the file, repeats kept; without a test part all.
         train: fit's rows before the validation cut; equal to fit where there is no validation part.
         valid: validation rows whose user and item are in train, unique pairs; None where there are none.
+        earlier_cuts: (train, valid) of more validation cuts, each within the train of the one before.
         test: test rows whose user and item are in fit, unique pairs; None with a test fraction of 0.
         users: user_id (the caller's type) and user_index, sorted by id: the users of fit.
         items: item_id and item_index, likewise; and title, null where there is none, for MovieLens.
@@ -51,12 +58,18 @@ class PreparedData:
     fit: pl.DataFrame
     train: pl.DataFrame
     valid: pl.DataFrame | None
+    earlier_cuts: tuple[tuple[pl.DataFrame, pl.DataFrame], ...]
     test: pl.DataFrame | None
     users: pl.DataFrame
     items: pl.DataFrame
     steps: tuple[StepCount, ...]
     timestamp_unit: str | None
     test_pairs_in_fit: int
+
+    @property
+    def cuts(self) -> tuple[tuple[pl.DataFrame, pl.DataFrame], ...]:
+        """(train, valid) of all validation cuts, the last one in time first."""
+        return () if self.valid is None else ((self.train, self.valid), *self.earlier_cuts)
 
     def original_ids(self, part: pl.DataFrame) -> pl.DataFrame:
         """The rows of a part in the caller's ids: user_id and item_id."""
@@ -119,6 +132,7 @@ def prepare(
             steps.check_left("valid")
         if valid.is_empty():
             valid = None
+    earlier_cuts = _earlier_cuts(rows, in_train, valid, config, seed, steps)
     if test is not None:
         test = _to_evaluate("test", test, fit, config.test_min_rating, steps)
         steps.check_left("test")
@@ -130,6 +144,7 @@ def prepare(
         fit=fit_rows,
         train=fit_rows if valid is None or in_train is None else fit_rows.filter(in_train),
         valid=None if valid is None else index.apply(valid),
+        earlier_cuts=tuple((index.apply(train), index.apply(valid)) for train, valid in earlier_cuts),
         test=test,
         users=users,
         items=_with_titles(_id_map("item", item_ids, fit.items), titles),
@@ -137,6 +152,35 @@ def prepare(
         timestamp_unit=timestamp_unit,
         test_pairs_in_fit=0 if test is None else _pairs_in_common(test, fit_rows, len(users)),
     )
+
+
+def _earlier_cuts(
+    rows: pl.DataFrame,
+    in_train: pl.Series | None,
+    valid: pl.DataFrame | None,
+    config: DataConfig,
+    seed: int,
+    steps: Steps,
+) -> list[tuple[pl.DataFrame, pl.DataFrame]]:
+    """More validation cuts where the users of the first one are few: what they say together is less noisy."""
+    cuts: list[tuple[pl.DataFrame, pl.DataFrame]] = []
+    if in_train is None or valid is None or config.valid_data:
+        return cuts
+    num_users = valid["user_id"].n_unique()
+    apart = Steps(steps.num_users, steps.num_items)  # the log tells of the first cut
+    while num_users < ENOUGH_USERS and len(cuts) + 1 < MOST_CUTS:
+        rows = rows.filter(in_train)
+        key = derive_key(seed, Purpose.RANDOM_SPLIT, 2 + len(cuts))
+        in_train = _before_cut(rows, config, config.valid_fraction, key)
+        train = rows.filter(in_train)
+        valid = _to_evaluate(
+            "valid", rows.filter(~in_train), steps.part(train), config.test_min_rating, apart
+        )
+        if valid.is_empty():
+            break
+        num_users += valid["user_id"].n_unique()
+        cuts.append((train, valid))
+    return cuts
 
 
 @dataclass(frozen=True)

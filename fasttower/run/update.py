@@ -67,7 +67,7 @@ def update(
     # The run may have been trained on a machine with more cores.
     with memory_of(device, "fewer rows"), cpu_threads(config.threads and min(config.threads, cpu_cores())):
         data, plan = (
-            TrainingData(pairs, pairs, None, known),
+            TrainingData(pairs, known),
             Plan((config.seed,), epochs, name="update"),
         )
         history = Trainer(data, config, plan=plan, model=model, observer=observer).train().history

@@ -14,6 +14,7 @@ class EpochRecord:
     Attributes:
         phase: "search", "refit", "train" or "update".
         settings: that the epoch was trained with, in words.
+        cut: the validation cut whose earlier rows were trained on, from 0; None for all rows of fit.
         epoch: from 1.
         step: training steps done so far.
         train_loss: mean loss of the epoch.
@@ -26,6 +27,7 @@ class EpochRecord:
 
     phase: str
     settings: str
+    cut: int | None
     epoch: int
     step: int
     train_loss: float

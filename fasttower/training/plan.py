@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fasttower.config import Preference, TrainingConfig
-from fasttower.training.search import Candidate, Scores, Search, Trial, chosen
+from fasttower.training.search import Candidate, Scores, Search, Trial, chosen, merged
 
 PhaseName = Literal["search", "refit", "train", "update"]
 
@@ -20,7 +20,7 @@ class Phase:
         name: what it is for.
         seed: of every draw.
         epochs: passes over the part that it trains on, those of earlier phases that it goes on from included.
-        part: of the data that it trains on.
+        cut: the validation cut whose earlier rows it trains on, from 0; None for all rows of fit.
         candidate: the settings; None for those of the configuration.
         begins_after: epochs that an earlier phase of the same candidate has trained it for; 0 to begin from
             the initial vectors.
@@ -29,7 +29,7 @@ class Phase:
     name: PhaseName
     seed: int
     epochs: int
-    part: Literal["train", "fit"] = "fit"
+    cut: int | None = None
     candidate: Candidate | None = None
     begins_after: int = 0
 
@@ -45,12 +45,12 @@ class Outcome:
 
     Attributes:
         phase: the phase.
-        scores: after its best epoch; None where nothing was scored.
+        scores: of its epochs that were scored.
         seconds: that it took.
     """
 
     phase: Phase
-    scores: Scores | None = None
+    scores: tuple[Scores, ...] = ()
     seconds: float = 0.0
 
 
@@ -66,7 +66,8 @@ class Plan:
         epochs: of the one phase where nothing is searched for.
         search: among which settings; None where there is no validation part to choose on.
         prefer: how to choose.
-        refit_on: the part that the chosen settings are trained on.
+        cuts: validation cuts that each candidate is trained and scored on.
+        refit: whether the chosen settings are trained on all rows of fit; else on those before the first cut.
         name: of the one phase where nothing is searched for.
     """
 
@@ -74,17 +75,18 @@ class Plan:
     epochs: int = 1
     search: Search | None = None
     prefer: Preference = "balanced"
-    refit_on: Literal["train", "fit"] = "fit"
+    cuts: int = 1
+    refit: bool = True
     name: PhaseName = "train"
 
     @staticmethod
-    def of(config: TrainingConfig, num_items: int, *, validated: bool) -> Plan:
-        """The plan of a configuration, for data with or without a validation part."""
+    def of(config: TrainingConfig, num_items: int, cuts: int) -> Plan:
+        """The plan of a configuration, for data with some validation cuts, or 0."""
         seeds = range(config.seed, config.seed + config.seeds)
-        if not validated:
+        if not cuts:
             return Plan(seeds, config.resolved(0, num_items).epochs)
         search = Search.of(config, num_items)
-        return Plan(seeds, search=search, prefer=config.prefer, refit_on="fit" if config.refit else "train")
+        return Plan(seeds, search=search, prefer=config.prefer, cuts=cuts, refit=config.refit)
 
     def next_phase(self, outcomes: Sequence[Outcome]) -> Phase | None:
         """The phase to go through now; None when all are done.
@@ -102,28 +104,30 @@ class Plan:
 
     def _next_search(self, search: Search, seed: int, done: Sequence[Outcome]) -> Phase:
         """The next phase of a seed with a search, the refit if that is over."""
-        trials = trials_of(done)
+        trials = trials_of(done, self.cuts)
         found = search.next(trials)
         if found is None:
-            best = chosen(trials, self.prefer)
-            return Phase("refit", seed, best.best().epoch, self.refit_on, best.candidate)
+            candidate, scores = chosen(trials, self.prefer)
+            return Phase("refit", seed, scores.epoch, None if self.refit else 0, candidate)
         candidate, rung = found
+        epochs = search.epochs(candidate, rung)
+        cut = sum(one.phase.candidate == candidate and one.phase.epochs == epochs for one in done)
         begins_after = search.epochs(candidate, rung - 1) if rung else 0
-        return Phase("search", seed, search.epochs(candidate, rung), "train", candidate, begins_after)
+        return Phase("search", seed, epochs, cut, candidate, begins_after)
 
 
-def trials_of(outcomes: Sequence[Outcome]) -> list[Trial]:
-    """The trials of one seed's search, in the order in which they were begun."""
+def trials_of(outcomes: Sequence[Outcome], cuts: int) -> list[Trial]:
+    """The trials of one seed's search, in the order in which they were begun, as far as all cuts are done."""
     by_candidate: dict[Candidate, list[Outcome]] = {}
     for outcome in outcomes:
         if outcome.phase.candidate is not None and outcome.phase.searches:
             by_candidate.setdefault(outcome.phase.candidate, []).append(outcome)
-    return [
-        Trial(
-            candidate,
-            [one.scores for one in of if one.scores],
-            sum(one.seconds for one in of),
-            of[-1].phase.epochs,
-        )
-        for candidate, of in by_candidate.items()
-    ]
+    trials = []
+    for candidate, of in by_candidate.items():
+        rungs = []
+        for first in range(0, len(of) - cuts + 1, cuts):
+            at_epochs = zip(*(outcome.scores for outcome in of[first : first + cuts]), strict=True)
+            rungs.append([merged(at_epoch) for at_epoch in at_epochs])
+        if rungs:
+            trials.append(Trial(candidate, rungs, sum(one.seconds for one in of)))
+    return trials

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from fasttower.config import SMALL_CATALOGUE, Preference, ResolvedTrainingConfig, TrainingConfig
@@ -109,22 +110,33 @@ class Scores:
 
 @dataclass(frozen=True)
 class Trial:
-    """A candidate, the best scores in each of the rungs that it has been through, and what that took."""
+    """A candidate and how it has done.
+
+    Attributes:
+        candidate: the settings.
+        rungs: for each rung that it has been through the scores of its epochs.
+        seconds: that it took.
+    """
 
     candidate: Candidate
-    rungs: list[Scores]
+    rungs: list[list[Scores]]
     seconds: float = 0.0
-    epochs: int = 0
+
+    @property
+    def epochs(self) -> int:
+        """That it was trained for."""
+        return self.rungs[-1][-1].epoch
 
     def best(self, rung: int | None = None) -> Scores:
         """The best scores up to a rung, or of all; the first of equals."""
-        return max(self.rungs if rung is None else self.rungs[: rung + 1], key=lambda scores: scores.mean)
+        rungs = self.rungs if rung is None else self.rungs[: rung + 1]
+        return max((scores for one in rungs for scores in one), key=lambda scores: scores.mean)
 
     def gains(self, rung: int) -> bool:
         """Whether going on to this rung has paid: by half a standard error."""
         if rung == 0:
             return True
-        gain, error = self.best(rung - 1).behind(self.rungs[rung])
+        gain, error = self.best(rung - 1).behind(max(self.rungs[rung], key=lambda scores: scores.mean))
         return gain > 0.5 * error
 
 
@@ -233,13 +245,20 @@ def is_scored(epoch: int, last: int) -> bool:
     return epoch == last or epoch <= 8 or epoch % (1 << (epoch - 1).bit_length() - 3) == 0
 
 
-def chosen(trials: Sequence[Trial], prefer: Preference) -> Trial:
-    """The trial with the largest coverage among those within some standard errors of the best one."""
+def merged(cuts: Sequence[Scores]) -> Scores:
+    """The scores after one epoch on several cuts as one: of all their users, and the mean coverage."""
+    coverage = sum(scores.coverage for scores in cuts) / len(cuts)
+    return Scores(cuts[0].epoch, torch.cat([scores.per_user for scores in cuts]), coverage)
+
+
+def chosen(trials: Sequence[Trial], prefer: Preference) -> tuple[Candidate, Scores]:
+    """The candidate and the epoch with the largest coverage within some standard errors of the best score."""
     best = max(trials, key=lambda trial: trial.best().mean)
-
-    def is_close(trial: Trial) -> bool:
-        behind, error = trial.best().behind(best.best())
-        return behind <= TOLERANCE[prefer] * error
-
-    close = [trial for trial in trials if trial is best or (TOLERANCE[prefer] and is_close(trial))]
-    return max(close, key=lambda trial: trial.best().coverage)
+    points = [(best.candidate, best.best())]
+    if tolerance := TOLERANCE[prefer]:
+        for trial in trials:
+            for scores in (scores for rung in trial.rungs for scores in rung):
+                behind, error = scores.behind(best.best())
+                if behind <= tolerance * error:
+                    points.append((trial.candidate, scores))
+    return max(points, key=lambda point: point[1].coverage)

@@ -10,6 +10,9 @@ from fasttower.training.observer import EpochRecord
 from fasttower.training.plan import Outcome, Phase
 from fasttower.training.search import Candidate, Scores
 
+Paused = tuple[Candidate, int | None]
+"""A candidate, and the cut that it was trained on."""
+
 
 @dataclass(frozen=True)
 class BestEpoch:
@@ -29,7 +32,7 @@ class Progress:
         seeds_done: models that `Trainer.train` has returned whole.
         outcomes: of the phases that have ended, of all seeds.
         history: the epochs of the current seed.
-        scores: the best of the current phase; None before any.
+        scores: of the current phase.
         best: of the current seed's epochs; None once a phase has ended whose last epoch counts.
         step: steps done in the current phase.
         loss: summed over the positives of the current epoch so far, without L2.
@@ -40,7 +43,7 @@ class Progress:
     seeds_done: int = 0
     outcomes: list[Outcome] = field(default_factory=list)
     history: list[EpochRecord] = field(default_factory=list)
-    scores: Scores | None = None
+    scores: list[Scores] = field(default_factory=list)
     best: BestEpoch | None = None
     step: int = 0
     loss: float = 0.0
@@ -49,7 +52,9 @@ class Progress:
 
     def copy(self) -> Progress:
         """A copy that going on leaves as it is."""
-        return replace(self, outcomes=list(self.outcomes), history=list(self.history))
+        return replace(
+            self, outcomes=list(self.outcomes), history=list(self.history), scores=list(self.scores)
+        )
 
 
 @dataclass(frozen=True)
@@ -64,4 +69,4 @@ class TrainerState:
 
     progress: Progress
     tables: list[Tensor]
-    paused: dict[Candidate, list[Tensor]] = field(default_factory=dict)
+    paused: dict[Paused, list[Tensor]] = field(default_factory=dict)

@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from torch import Tensor
 
 from fasttower.config import ResolvedTrainingConfig, TrainingConfig
 from fasttower.errors import TrainingError
 from fasttower.model import TwoTower
-from fasttower.training.data import TrainingData
+from fasttower.training.data import Cut, TrainingData
 from fasttower.training.observer import EpochRecord, Observer
 from fasttower.training.plan import Outcome, Phase, Plan, trials_of
 from fasttower.training.search import MOST_EPOCHS, Candidate, Scores, Trial, is_scored
-from fasttower.training.state import BestEpoch, Progress, TrainerState
+from fasttower.training.state import BestEpoch, Paused, Progress, TrainerState
 from fasttower.training.validation import Validation
 from fasttower_kernels.known_positives import KnownPositives
 from fasttower_kernels.negatives import Negatives
@@ -90,6 +91,25 @@ class _PhaseStep:
         return value / self.settings.loss.divisor(len(self.interactions), self.settings.negatives.scored)
 
 
+class _Cut(NamedTuple):
+    """A validation cut as training reads it.
+
+    Attributes:
+        training: the rows before the cut, and their known positives.
+        validation: those after it.
+    """
+
+    training: tuple[Interactions, KnownPositives]
+    validation: Validation
+
+    @staticmethod
+    def of(cut: Cut, known: KnownPositives, config: TrainingConfig) -> _Cut:
+        pairs = cut.train.user_index, cut.train.item_index
+        seen = KnownPositives.from_pairs(*pairs, known.num_users, known.num_items)
+        validation = Validation.of(cut.valid, seen, config.k, filter_seen=config.filter_seen)
+        return _Cut((cut.train, seen), validation)
+
+
 class Trainer:
     """Trains a plan's models, one per seed.
 
@@ -119,20 +139,15 @@ class Trainer:
     ) -> None:
         self.config = config
         known = data.known_positives
-        self.plan = plan or Plan.of(config, known.num_items, validated=data.valid is not None)
+        self.plan = plan or Plan.of(config, known.num_items, len(data.cuts))
         self.observer = observer
         self.progress = Progress()
         self.model = model
         self._given_model = model
         self._step: _PhaseStep | None = None  # None between phases
-        self._paused: dict[Candidate, tuple[TwoTower, TrainState]] = {}  # of the current seed's search
-        self._parts = {"fit": (data.fit, known)}
-        self._validation: Validation | None = None
-        if self.plan.search is not None and data.valid is not None:
-            pairs = data.train.user_index, data.train.item_index
-            seen = KnownPositives.from_pairs(*pairs, known.num_users, known.num_items)
-            self._parts["train"] = (data.train, seen)
-            self._validation = Validation.of(data.valid, seen, config.k, filter_seen=config.filter_seen)
+        self._paused: dict[Paused, tuple[TwoTower, TrainState]] = {}  # of the current seed's search
+        self._fit = data.fit, known
+        self._cuts = [_Cut.of(cut, known, config) for cut in data.cuts] if self.plan.search else []
 
     @property
     def phase(self) -> Phase | None:
@@ -185,10 +200,10 @@ class Trainer:
     def _begin(self, phase: Phase) -> _PhaseStep:
         """The model and the training step of a phase."""
         config = self.settings(phase)
-        interactions, known = self._parts[phase.part]
+        interactions, known = self._fit if phase.cut is None else self._cuts[phase.cut].training
         if phase.begins_after:
             assert phase.candidate is not None  # only a search goes on
-            self.model, state = self._paused.pop(phase.candidate)
+            self.model, state = self._paused.pop((phase.candidate, phase.cut))
         else:
             self.model = self._given_model or self._new_model(config, phase.seed)
             state = TrainState.start(self.model.tables)
@@ -215,13 +230,13 @@ class Trainer:
 
     def settings(self, phase: Phase) -> ResolvedTrainingConfig:
         """The configuration with which a phase trains."""
-        fit, known = self._parts["fit"]
+        fit, known = self._fit
         chosen = {} if phase.candidate is None else phase.candidate._asdict()
         epochs = MOST_EPOCHS if self.plan.search is not None else phase.epochs
         return self.config.resolved(len(fit), known.num_items, **chosen, epochs=epochs)
 
     def _new_model(self, config: ResolvedTrainingConfig, seed: int) -> TwoTower:
-        _, known = self._parts["fit"]
+        _, known = self._fit
         model = TwoTower(
             known.num_users,
             known.num_items,
@@ -248,6 +263,7 @@ class Trainer:
         record = EpochRecord(
             phase=phase.name,
             settings=str(Candidate.of(self.settings(phase))),
+            cut=phase.cut,
             epoch=epoch,
             step=progress.step,
             train_loss=train_loss,
@@ -258,9 +274,9 @@ class Trainer:
             elapsed_s=progress.phase_s,
         )
         if scores is not None:
-            if progress.scores is None or scores.mean > progress.scores.mean:
-                progress.scores = scores
-            if progress.best is None or scores.mean > progress.best.score:
+            progress.scores.append(scores)
+            first = phase.cut == 0  # scores on others are of other users
+            if first and (progress.best is None or scores.mean > progress.best.score):
                 tables = [table.clone() for table in step.state.parameters]
                 progress.best = BestEpoch(phase, epoch, scores.mean, tables)
         progress.history.append(record)
@@ -273,27 +289,28 @@ class Trainer:
         """The validation loss, metrics and scores of the model; none where the epoch is not scored."""
         if not (phase.searches and is_scored(epoch, phase.epochs)):
             return None, {}, None
-        assert self._validation is not None
-        assert self.model is not None  # both are there within such a phase
-        loss = self._validation.loss(
+        assert phase.cut is not None
+        assert self.model is not None  # it is there within a phase
+        validation = self._cuts[phase.cut].validation
+        loss = validation.loss(
             self.model, step.settings.loss, step.negatives, seed=phase.seed, backend=self.config.backend
         )
-        metrics, ndcg = self._validation.metrics(self.model)
+        metrics, ndcg = validation.metrics(self.model)
         return loss, metrics, Scores(epoch, ndcg, metrics[f"Coverage@{self.config.k}"])
 
     def _end_phase(self, phase: Phase) -> None:
         """Record the outcome of a phase; the next step begins the next one."""
         progress, step = self.progress, self._step
-        outcome = Outcome(phase, progress.scores, progress.phase_s)
+        outcome = Outcome(phase, tuple(progress.scores), progress.phase_s)
         progress.outcomes.append(outcome)
         if phase.searches:
             assert self.model is not None
             assert step is not None
             assert phase.candidate is not None
-            self._paused[phase.candidate] = self.model, step.state
+            self._paused[phase.candidate, phase.cut] = self.model, step.state
         else:
             progress.best = None  # the model as it is counts
-        progress.step, progress.phase_s, progress.scores, self._step = 0, 0.0, None, None
+        progress.step, progress.phase_s, progress.scores, self._step = 0, 0.0, [], None
         self.observer.on_outcome(outcome)
 
     def _trained(self, *, interrupted: bool) -> TrainedModel:
@@ -301,11 +318,11 @@ class Trainer:
         progress, model, best = self.progress, self.model, self.progress.best
         seed = self.plan.seeds[progress.seeds_done]
         history = list(progress.history)
-        trials = trials_of([outcome for outcome in progress.outcomes if outcome.phase.seed == seed])
+        done = [outcome for outcome in progress.outcomes if outcome.phase.seed == seed]
+        trials = trials_of(done, self.plan.cuts)
         assert model is not None  # a step has been run
         if best is None:
-            done = [outcome.phase for outcome in progress.outcomes if outcome.phase.seed == seed]
-            phase = self.phase if self._step is not None else done[-1]
+            phase = self.phase if self._step is not None else done[-1].phase
             assert phase is not None
             epoch = history[-1].epoch if history else 0
         else:
@@ -318,7 +335,7 @@ class Trainer:
 
     def state(self) -> TrainerState:
         """A copy of all that is needed to go on."""
-        paused = {candidate: _copies(state) for candidate, (_, state) in self._paused.items()}
+        paused = {key: _copies(state) for key, (_, state) in self._paused.items()}
         return TrainerState(self.progress.copy(), [table.clone() for table in self._tables()], paused)
 
     def load(self, state: TrainerState) -> None:
@@ -337,9 +354,9 @@ class Trainer:
         for table, values in zip(self._tables(), state.tables, strict=True):
             table.copy_(values)
 
-    def _resumed(self, candidate: Candidate, tables: list[Tensor]) -> tuple[TwoTower, TrainState]:
+    def _resumed(self, key: Paused, tables: list[Tensor]) -> tuple[TwoTower, TrainState]:
         """A candidate's model and state with given contents."""
-        phase = Phase("search", self.config.seed, 1, candidate=candidate)
+        phase = Phase("search", self.config.seed, 1, candidate=key[0])
         model = self._new_model(self.settings(phase), phase.seed)
         state = TrainState.start(model.tables)
         for table, values in zip(_parts(state), tables, strict=True):
