@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from fasttower.errors import FastTowerError
@@ -157,7 +158,7 @@ class TrainingConfig:
     """Positives in a batch; if not given, the power of two nearest to a hundredth of the interactions before
     the test cut, or to a three-hundredth with negatives that a block shares, from 256 to 65,536."""
     epochs: int | None = None
-    """Passes over the training part; where a validation part chooses, at most so many. If not given, 64 then,
+    """Passes over the training part; where a validation part chooses, at most so many. If not given, 32 then,
     else 30."""
     refit: bool = True
     """After the validation part has chosen the epoch, train again with its rows included."""
@@ -378,20 +379,20 @@ class ResolvedConfig(ResolvedTrainingConfig, Config):
 def _check_types(config: DataConfig | TrainingConfig) -> None:
     """Check every field against its annotation, so that nothing of a wrong type is met hours later."""
     for name, hint in get_type_hints(type(config)).items():
-        value = getattr(config, name)
-        expected = hint
-        if get_origin(hint) is Literal:
-            expected = f"one of {', '.join(get_args(hint))}"
-        elif isinstance(hint, type):
-            expected = {int: "a whole number", float: "a number"}.get(hint, hint.__name__)
-        _check(config, name, _is_of(value, hint), str(expected))
+        _check(config, name, _is_of(getattr(config, name), hint), _in_words(hint))
+
+
+def _in_words(hint: Any) -> str:  # noqa: ANN401 - annotations have no type
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(get_args(hint))}"
+    if parts := [part for part in get_args(hint) if part is not NoneType]:
+        return " or ".join(_in_words(part) for part in parts)
+    return {int: "a whole number", float: "a number"}.get(hint, hint.__name__)
 
 
 def _is_of(value: object, hint: Any) -> bool:  # noqa: ANN401 - annotations have no type
     if get_origin(hint) is Literal:
         return value in get_args(hint)
-    if get_origin(hint) is tuple:
-        return isinstance(value, tuple) and all(_is_of(part, get_args(hint)[0]) for part in value)
     if get_args(hint):
         return any(_is_of(value, part) for part in get_args(hint))
     if hint in (int, float):

@@ -20,9 +20,12 @@ from fasttower_kernels.settings import NegativeSettings
         ("optimiser", "sgd"),
         ("epochs", 0),
         ("threads", 0),
-        ("l2", (0.1, -0.1)),
-        ("l2", (float("nan"),)),
-        ("l2", ()),
+        ("l2", -0.1),
+        ("l2", float("nan")),
+        ("l2", (0.1, 0.03)),
+        ("search", "deep"),
+        ("search", 0.0),
+        ("prefer", "novelty"),
         ("learning_rate", 0.0),
         ("learning_rate", float("inf")),
         ("init_scale", -1.0),
@@ -88,15 +91,17 @@ def test_settings_of_the_steps():
     config = Config(
         loss="softmax", similarity="cosine", temperature=0.4, l2=0.1, bias_l2=0.3, negatives="popularity"
     )
-    loss = config.loss_settings(0.1)
+    config = config.resolved(1000, 100)
+    loss = config.loss_settings
     assert (loss.name, loss.similarity, loss.temperature) == ("softmax", "cosine", 0.4)
     assert (loss.user_l2, loss.item_l2, loss.bias_l2) == (0.1, 0.1, 0.3)
-    assert dataclasses.replace(config, item_l2=0.0).loss_settings(0.1).item_l2 == 0
+    assert dataclasses.replace(config, item_l2=0.0).loss_settings.item_l2 == 0
     assert config.negative_settings == NegativeSettings("popularity", 10, 0, 0.75, 256)
 
 
-def test_one_l2_needs_no_tuple():
-    assert Config(l2=0.06).l2 == (0.06,)
+def test_of_several_l2_in_an_older_file_none_is_given():
+    assert Config.from_json({"l2": [0.06, 0.03, 0.1]}).l2 is None
+    assert Config.from_json({"l2": [0.06]}).l2 == 0.06
 
 
 def test_the_last_of_several_seeds_is_in_range():
@@ -122,12 +127,24 @@ def test_json_brings_back_what_was_asked_for():
     [(1, 256), (25_000, 256), (80_000, 1024), (669_182, 8192), (16_000_000, 65_536), (10**10, 65_536)],
 )
 def test_what_is_left_open_is_filled_in(rows, batch_size):
-    config = Config(embedding_dim=64).resolved(rows)
+    config = Config(embedding_dim=64).resolved(rows, 100)
     assert config.batch_size == batch_size
     assert config.init_scale == pytest.approx(0.0125)
-    asked = Config(batch_size=3, init_scale=2.0)
-    assert vars(asked.resolved(rows)) == vars(asked)
-    assert config.resolved(1) == config
+    assert (config.loss, config.negatives, config.similarity, config.l2) == ("bce", "uniform", "dot", 0.06)
+    asked = Config(batch_size=3, init_scale=2.0, loss="bpr", l2=0.5, embedding_dim=7, epochs=3)
+    given = asked.given
+    assert given.items() <= vars(asked.resolved(rows, 100)).items()
+    assert config.resolved(1, 1) == config
+
+
+def test_what_is_chosen_does_not_go_over_what_is_given():
+    resolved = Config(embedding_dim=8).resolved(1000, 100, embedding_dim=64, l2=0.5)
+    assert (resolved.embedding_dim, resolved.l2) == (8, 0.5)
+
+
+def test_batches_are_smaller_where_negatives_are_shared():
+    sizes = [Config(loss=loss).resolved(669_182, 3_500).batch_size for loss in ("bce", "softmax")]
+    assert sizes == [8192, 2048]
 
 
 def test_json_with_an_unknown_field():
@@ -145,7 +162,7 @@ def test_a_preset_is_no_label_that_can_be_put_on_other_settings():
         dataclasses.replace(Config(), preset="notebook")
     # 32 and 0.06 are defaults; they are given all the same.
     changed = dataclasses.replace(PRESETS["notebook"], embedding_dim=32, l2=0.06)
-    assert (changed.embedding_dim, changed.l2, changed.batch_size) == (32, (0.06,), 1024)
+    assert (changed.embedding_dim, changed.l2, changed.batch_size) == (32, 0.06, 1024)
 
 
 def test_json_that_names_a_preset():

@@ -2,57 +2,85 @@
 
 import dataclasses
 
+import torch
+
 from fasttower.config import TrainingConfig
-from fasttower.training.plan import Outcome, Phase, Plan
+from fasttower.training.plan import Outcome, Phase, Plan, trials_of
+from fasttower.training.search import Scores
 
-CONFIG = TrainingConfig(seed=7, epochs=30, l2=(0.06, 0.03, 0.1))
+CONFIG = TrainingConfig(seed=7, epochs=30, search="none")
 
 
-def phases(plan, endings):
-    """The phases of a plan whose phases end, one after another, with an epoch and a score."""
-    outcomes, found = [], []
+def scored(phase, score_at):
+    """The outcome of a phase whose every epoch is scored."""
+    epochs = range(phase.begins_after + 1, phase.epochs + 1) if phase.searches else ()
+    return Outcome(
+        phase,
+        tuple(Scores(epoch, torch.full((4,), score_at(phase, epoch)).double(), 0.5) for epoch in epochs),
+    )
+
+
+def phases(plan, score_at=lambda phase, epoch: 0.5):
+    """The phases of a plan whose epochs score as a function says."""
+    outcomes = []
     while (phase := plan.next_phase(outcomes)) is not None:
-        found.append(phase)
-        outcomes.append(Outcome(phase, *endings[len(outcomes)]))
-    return found
+        outcomes.append(scored(phase, score_at))
+    return [outcome.phase for outcome in outcomes]
 
 
-CHOICES = [Phase("choose", 7, l2, 30) for l2 in CONFIG.l2]
+def spans(found):
+    return [(phase.name, phase.cut, phase.begins_after, phase.epochs) for phase in found]
 
 
-def test_the_best_l2_and_its_epoch_are_trained_again():
-    endings = [(12, 0.2), (8, 0.3), (20, 0.25), (8,)]
-    plan = Plan.of(CONFIG, validated=True)
-    assert phases(plan, endings) == [*CHOICES, Phase("refit", 7, 0.03, 8)]
-
-
-def test_the_first_of_equals_is_chosen():
-    plan = Plan.of(CONFIG, validated=True)
-    assert phases(plan, [(12, 0.2), (8, 0.3), (20, 0.3), (8,)])[-1] == Phase("refit", 7, 0.03, 8)
-
-
-def test_without_refit_the_choice_is_all():
-    plan = Plan.of(dataclasses.replace(CONFIG, refit=False), validated=True)
-    assert phases(plan, [(12, 0.2), (8, 0.3), (20, 0.25)]) == CHOICES
-
-
-def test_without_a_validation_part_there_is_one_phase():
-    assert phases(Plan.of(CONFIG, validated=False), [(30,)]) == [Phase("train", 7, 0.06, 30)]
-
-
-def test_each_seed_chooses_for_itself():
-    config = dataclasses.replace(CONFIG, seeds=2, l2=(0.06, 0.03))
-    endings = [(12, 0.2), (8, 0.3), (8,), (5, 0.4), (9, 0.1), (5,)]
-    assert phases(Plan.of(config, validated=True), endings) == [
-        Phase("choose", 7, 0.06, 30),
-        Phase("choose", 7, 0.03, 30),
-        Phase("refit", 7, 0.03, 8),
-        Phase("choose", 8, 0.06, 30),
-        Phase("choose", 8, 0.03, 30),
-        Phase("refit", 8, 0.06, 5),
+def test_a_candidate_goes_on_from_rung_to_rung_while_it_gains_and_its_best_epoch_is_trained_again():
+    plan = Plan.of(CONFIG, 100, cuts=1)
+    assert spans(phases(plan, lambda phase, epoch: -abs(epoch - 11))) == [
+        ("search", 0, 0, 4),
+        ("search", 0, 4, 8),
+        ("search", 0, 8, 16),
+        ("search", 0, 16, 30),
+        ("refit", None, 0, 11),
     ]
 
 
-def test_what_chooses_trains_on_train_and_all_else_on_fit():
-    parts = {name: Phase(name, 0, 0.0, 1).part for name in ("choose", "refit", "train", "update")}
-    assert parts == {"choose": "train", "refit": "fit", "train": "fit", "update": "fit"}
+def test_what_does_not_gain_is_not_trained_further():
+    plan = Plan.of(CONFIG, 100, cuts=1)
+    assert spans(phases(plan, lambda phase, epoch: -abs(epoch - 3)))[2:] == [("refit", None, 0, 3)]
+
+
+def test_a_rung_is_gone_through_on_each_cut_and_their_users_decide_together():
+    def score_at(phase, epoch):
+        return float(epoch == (2 if phase.cut else 3)) + 0.5 * (epoch == 1)
+
+    plan = Plan.of(dataclasses.replace(CONFIG, epochs=4, refit=False, prefer="accuracy"), 100, cuts=2)
+    assert spans(phases(plan, score_at)) == [
+        ("search", 0, 0, 4),
+        ("search", 1, 0, 4),
+        ("refit", 0, 0, 1),
+    ]
+
+
+def test_a_trial_is_one_when_all_its_cuts_are_done():
+    plan = Plan.of(CONFIG, 100, cuts=2)
+    first = scored(plan.next_phase([]), lambda *_: 0.25)
+    assert trials_of([first], 2) == []
+    second = scored(plan.next_phase([first]), lambda *_: 0.75)
+    (trial,) = trials_of([first, second], 2)
+    assert trial.best().mean == 0.5
+    assert len(trial.best().per_user) == 8
+
+
+def test_without_a_validation_part_there_is_one_phase():
+    assert phases(Plan.of(CONFIG, 100, cuts=0)) == [Phase("train", 7, 30)]
+    assert phases(Plan.of(dataclasses.replace(CONFIG, epochs=None), 100, cuts=0)) == [Phase("train", 7, 30)]
+
+
+def test_each_seed_searches_for_itself():
+    config = dataclasses.replace(CONFIG, seeds=2, epochs=2)
+    found = phases(Plan.of(config, 100, cuts=1), lambda phase, epoch: -abs(epoch - (phase.seed - 6)))
+    assert [(phase.name, phase.seed, phase.epochs) for phase in found] == [
+        ("search", 7, 2),
+        ("refit", 7, 1),
+        ("search", 8, 2),
+        ("refit", 8, 2),
+    ]

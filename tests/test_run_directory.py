@@ -64,8 +64,8 @@ MODEL, KNOWN = "model.safetensors", "known_positives.safetensors"
         (put(MODEL, "item_bias", lambda bias: bias[:-1].clone()), "the weights are"),
         (change_tensors(MODEL, lambda tensors: tensors.pop("item_bias")), "of another model"),
         (change_json("config.json", embedding_dim=5), "of another model"),
-        (change_json("config.json", init_scale=None), "initial scale open"),
-        (change_json("metrics.json", l2=None), "with which L2"),
+        (change_json("config.json", init_scale=None), "leaves open: init_scale"),
+        (change_json("metrics.json", settings=None), "with which settings"),
         (put(KNOWN, "items", lambda items: items + 1), "known_positives.safetensors"),
         (put(KNOWN, "items", lambda items: items - 1), "known_positives.safetensors"),
         (put(KNOWN, "items", lambda items: items.float()), "known_positives.safetensors"),
@@ -109,7 +109,7 @@ def test_a_format_that_is_no_number_from_one_on(run, tmp_path, number):
 
 def test_a_newer_format_is_refused_by_name_whatever_else_is_new(run, tmp_path):
     run.save(tmp_path / "run")
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["format"] == 2
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["format"] == 3
     change_json("config.json", format=3, a_new_setting=1)(tmp_path / "run")
     (tmp_path / "run" / "metrics.json").unlink()
     with pytest.raises(FastTowerError) as error:

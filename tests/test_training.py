@@ -10,7 +10,7 @@ import torch
 from fasttower.config import TrainingConfig
 from fasttower.errors import TrainingError
 from fasttower.model import TwoTower
-from fasttower.training.data import TrainingData
+from fasttower.training.data import Cut, TrainingData
 from fasttower.training.observer import Observer
 from fasttower.training.plan import Plan
 from fasttower.training.trainer import Trainer
@@ -30,7 +30,14 @@ BACKENDS = [
     ),
 ]
 CONFIG = TrainingConfig(
-    embedding_dim=4, batch_size=64, epochs=4, learning_rate=0.05, l2=0.03, k=5, backend="torch"
+    embedding_dim=4,
+    batch_size=64,
+    epochs=4,
+    learning_rate=0.05,
+    l2=0.03,
+    k=5,
+    backend="torch",
+    prefer="accuracy",
 )
 
 
@@ -39,7 +46,7 @@ def config_with(**fields):
 
 
 def train(data, config, **options):
-    return Trainer(data, config.resolved(len(data.fit)), **options).train()
+    return Trainer(data, config, **options).train()
 
 
 @pytest.fixture
@@ -51,7 +58,7 @@ def data():
     known = KnownPositives.from_pairs(users, items, NUM_USERS, NUM_ITEMS)
     train_rows, valid_rows = slice(0, 500), slice(500, 600)
     parts = [Interactions(users[rows].clone(), items[rows].clone()) for rows in (train_rows, valid_rows)]
-    return TrainingData(Interactions(users, items), *parts, known)
+    return TrainingData(Interactions(users, items), known, (Cut(*parts),))
 
 
 class Recorder(Observer):
@@ -75,7 +82,7 @@ def test_history_tells_every_epoch(data):
     observer = Recorder()
     trained = train(data, CONFIG, observer=observer)
     assert trained.history == observer.epochs
-    chosen = [record for record in trained.history if record.phase == "choose"]
+    chosen = [record for record in trained.history if record.phase == "search"]
     refitted = [record for record in trained.history if record.phase == "refit"]
     assert [record.epoch for record in chosen] == [1, 2, 3, 4]
     assert [record.step for record in chosen] == [8, 16, 24, 32]
@@ -89,7 +96,7 @@ def test_history_tells_every_epoch(data):
 
 def test_refit_is_training_on_fit_for_the_chosen_epochs(data):
     trained = train(data, CONFIG)
-    alone = TrainingData(data.fit, data.fit, None, data.known_positives)
+    alone = TrainingData(data.fit, data.known_positives)
     config = config_with(epochs=trained.best_epoch)
     again = train(alone, config)
     assert {record.phase for record in again.history} == {"train"}
@@ -97,61 +104,96 @@ def test_refit_is_training_on_fit_for_the_chosen_epochs(data):
         assert left.equal(right)
 
 
-def test_the_validation_part_chooses_l2(data):
-    config = config_with(l2=(3.0, 0.0, 0.02))
-    trained = train(data, config)
-    chosen = [record for record in trained.history if record.phase == "choose"]
-    assert [record.l2 for record in chosen] == [3.0] * 4 + [0.0] * 4 + [0.02] * 4
-    best = max(chosen, key=lambda record: record.valid["NDCG@5"])
-    assert (trained.l2, trained.best_epoch) == (best.l2, best.epoch)
-    assert trained.l2 != 3.0  # it keeps every vector at zero
-    assert {record.l2 for record in trained.history if record.phase == "refit"} == {trained.l2}
+def searched(data, **fields):
+    """The L2 of the default loss is searched for, at this learning rate."""
+    fields = {"loss": "bce", "l2": None, "epochs": 4, **fields}
+    return train(data, config_with(**fields))
 
 
-def test_each_l2_starts_anew(data):
-    several = train(data, config_with(l2=(0.1, 0.03), refit=False))
-    alone = train(data, config_with(refit=False))
-    losses = [[record.train_loss for record in trained.history][-4:] for trained in (several, alone)]
-    assert losses[0] == losses[1]
+def test_the_validation_part_chooses_the_settings(data):
+    trained = searched(data)
+    tried = [trial.candidate.l2 for trial in trained.trials]
+    assert tried[:3] == [0.03, 0.06, 0.12]
+    best = max(trained.trials, key=lambda trial: trial.best().mean)
+    assert (trained.settings.l2, trained.best_epoch) == (best.candidate.l2, best.best().epoch)
+    assert trained.settings.epochs == trained.best_epoch
+    assert {record.settings for record in trained.history if record.phase == "refit"} == {str(best.candidate)}
 
 
-def test_without_a_validation_part_the_first_l2_counts(data):
-    config = config_with(l2=(0.1, 0.03))
-    trained = train(TrainingData(data.fit, data.fit, None, data.known_positives), config)
-    assert {record.l2 for record in trained.history} == {trained.l2} == {0.1}
+def test_the_chosen_settings_train_the_same_model_again(data):
+    trained = searched(data)
+    again = train(data, trained.settings)
+    assert len(again.trials) == 1
+    for left, right in zip(trained.model.tables, again.model.tables, strict=True):
+        assert left.equal(right)
+
+
+def test_each_candidate_starts_anew(data):
+    several = searched(data)
+    alone = train(data, config_with(l2=several.trials[1].candidate.l2))
+    name = str(several.trials[1].candidate)
+    losses = [
+        [
+            record.train_loss
+            for record in trained.history
+            if (record.phase, record.settings) == ("search", name)
+        ]
+        for trained in (several, alone)
+    ]
+    assert losses[0] == losses[1][: len(losses[0])]
+
+
+def test_a_candidate_that_goes_on_is_as_if_it_had_not_stopped(data):
+    trained = train(data, config_with(epochs=8, learning_rate=0.01))
+    rungs = [record for record in trained.history if record.phase == "search"]
+    assert [record.epoch for record in rungs] == list(range(1, 9))  # it gains, so that there are two rungs
+    pairs = data.cuts[0].train
+    known = KnownPositives.from_pairs(pairs.user_index, pairs.item_index, NUM_USERS, NUM_ITEMS)
+    fixed = TrainingData(pairs, known)
+    whole = train(fixed, config_with(epochs=8, learning_rate=0.01), plan=Plan((0,), epochs=8))
+    losses = [record.train_loss for record in whole.history]
+    assert losses == [record.train_loss for record in rungs]
+
+
+def test_without_a_validation_part_the_standard_settings_count(data):
+    trained = train(TrainingData(data.fit, data.known_positives), config_with(l2=None))
+    assert (trained.settings.loss, trained.settings.l2) == ("bce", 0.06)
     assert trained.best_epoch == len(trained.history) == 4
+    assert trained.trials == []
 
 
-def test_without_refit_the_best_epochs_model_is_kept(data):
+def test_without_refit_the_chosen_settings_are_trained_before_the_cut(data):
     trained = train(data, config_with(learning_rate=0.5, epochs=8, refit=False))
-    assert trained.best_epoch < 8  # else the test shows nothing
-    seen = KnownPositives.from_pairs(data.train.user_index, data.train.item_index, NUM_USERS, NUM_ITEMS)
-    metrics = Validation.of(data.valid, seen, 5).metrics(trained.model)
+    cut = data.cuts[0]
+    seen = KnownPositives.from_pairs(cut.train.user_index, cut.train.item_index, NUM_USERS, NUM_ITEMS)
+    metrics, per_user = Validation.of(cut.valid, seen, 5).metrics(trained.model)
     assert metrics == trained.history[trained.best_epoch - 1].valid
+    assert float(per_user.mean()) == pytest.approx(metrics["NDCG@5"])
 
 
 def test_the_choosing_phase_does_not_see_validation_rows(data):
     """Validation rows may be drawn as negatives and are not trained on, so changing them changes no table."""
-    other = Interactions(data.valid.user_index, (data.valid.item_index + 2) % NUM_ITEMS)
-    changed = TrainingData(data.fit, data.train, other, data.known_positives)
+    train_part, valid = data.cuts[0]
+    other = Interactions(valid.user_index, (valid.item_index + 2) % NUM_ITEMS)
+    changed = dataclasses.replace(data, cuts=(Cut(train_part, other),))
     first, second = (train(parts, config_with(refit=False)) for parts in (data, changed))
-    losses = [[record.train_loss for record in trained.history] for trained in (first, second)]
+    losses = [[record.train_loss for record in trained.history[:4]] for trained in (first, second)]
     assert losses[0] == losses[1]
 
 
-def test_stopped_while_choosing(data):
+def test_stopped_in_the_search(data):
     trained = train(data, CONFIG, observer=Recorder(looks=2))
     assert trained.interrupted
-    assert [record.phase for record in trained.history] == ["choose", "choose"]
+    assert [record.phase for record in trained.history] == ["search", "search"]
     assert trained.best_epoch in (1, 2)
 
 
 def test_stopped_in_the_refit_keeps_the_best_epochs_model(data):
     whole = train(data, config_with(refit=False))
-    trained = train(data, CONFIG, observer=Recorder(looks=5))
+    trained = train(data, config_with(), observer=Recorder(looks=5))
     assert trained.interrupted
     assert trained.best_epoch > 1  # else the refit was not stopped
-    assert [record.phase for record in trained.history] == ["choose"] * 4 + ["refit"]
+    assert [record.phase for record in trained.history] == ["search"] * 4 + ["refit"]
     for left, right in zip(trained.model.tables, whole.model.tables, strict=True):
         assert left.equal(right)
 
@@ -160,7 +202,7 @@ def test_parameters_beyond_all_use_stop_the_training_in_a_single_step(data):
     config = config_with(learning_rate=1e30, batch_size=1000)
     model = TwoTower(NUM_USERS, NUM_ITEMS, 4).initialise(0, 0.1)
     with pytest.raises(TrainingError, match="learning-rate"):
-        train(data, config, plan=Plan((0,), (0.0,), epochs=1), model=model)
+        train(data, config, plan=Plan((0,), epochs=1), model=model)
 
 
 def test_stopped_in_the_first_epoch(data, monkeypatch):
@@ -183,7 +225,7 @@ def without_times(history):
 
 def assert_same(trained, wanted):
     assert without_times(trained.history) == without_times(wanted.history)
-    assert (trained.l2, trained.best_epoch) == (wanted.l2, wanted.best_epoch)
+    assert (trained.settings, trained.best_epoch) == (wanted.settings, wanted.best_epoch)
     for left, right in zip(trained.model.tables, wanted.model.tables, strict=True):
         assert left.equal(right)
 
@@ -192,8 +234,8 @@ def assert_same(trained, wanted):
 def test_a_copied_state_goes_on_bit_for_bit(data, backend, monkeypatch):
     monkeypatch.setattr("fasttower.training.trainer._TICK_POSITIVES", 3 * 128)  # calls of 3 steps and 1 or 2
     config = config_with(
-        backend=backend, batch_size=128, num_negatives=3, epochs=2, l2=(0.1, 0.03), optimiser="lazy_adam"
-    ).resolved(len(data.fit))
+        backend=backend, batch_size=128, num_negatives=3, epochs=6, l2=None, loss="bce", optimiser="lazy_adam"
+    )
     wanted = Trainer(data, config).train()
     assert wanted.history[-1].phase == "refit"
 
@@ -201,36 +243,30 @@ def test_a_copied_state_goes_on_bit_for_bit(data, backend, monkeypatch):
     while disturbed.phase is not None:
         disturbed.advance()
         states.append(disturbed.state())
-    middle_of_second_choice, end_of_choices, middle_of_refit, end = (
-        states[6],
-        states[7],
-        states[8],
-        states[-1],
-    )
-    assert [(len(state.progress.outcomes), state.progress.step) for state in states[6:9]] == [
-        (1, 7),
-        (2, 0),
-        (2, 3),
-    ]
-    for state in (middle_of_second_choice, end_of_choices, middle_of_refit, end):
+    names = [(state.progress.step > 0, len(state.progress.outcomes), len(state.paused)) for state in states]
+    assert (True, 1, 1) in names  # in the second candidate, with the first one paused
+    assert any(in_phase and done > paused for in_phase, done, paused in names)  # one that went on
+    for state in states[:: max(1, len(states) // 12)] + states[-2:]:
         resumed = Trainer(data, config)
         resumed.load(state)
         assert_same(resumed.train(), wanted)
 
 
 def test_a_copied_state_has_the_best_epochs_tables(data):
-    config = config_with(learning_rate=0.5, epochs=8, refit=False).resolved(len(data.fit))
-    wanted = Trainer(data, config).train()
-    assert wanted.best_epoch < 8  # else the test shows nothing
-    disturbed, resumed = Trainer(data, config), Trainer(data, config)
-    for _ in range(wanted.best_epoch):
+    config = config_with(learning_rate=0.5, epochs=8)
+    observer = Recorder(looks=5)
+    wanted = train(data, config, observer=observer)
+    assert wanted.interrupted
+    assert wanted.best_epoch < 5  # else the test shows nothing
+    disturbed, resumed = Trainer(data, config), Trainer(data, config, observer=Recorder(looks=1))
+    for _ in range(4):
         disturbed.advance()
     resumed.load(disturbed.state())
     assert_same(resumed.train(), wanted)
 
 
 def test_a_copied_state_knows_which_seeds_are_done(data):
-    config = config_with(epochs=1, seeds=2, refit=False, batch_size=500).resolved(len(data.fit))
+    config = config_with(epochs=1, seeds=2, batch_size=500)
     trainer = Trainer(data, config)
     first, between, second = trainer.train(), trainer.state(), trainer.train()
     resumed = Trainer(data, config)
@@ -241,7 +277,7 @@ def test_a_copied_state_knows_which_seeds_are_done(data):
 
 def test_a_stopped_training_goes_on_with_the_next_call(data):
     observer = Recorder(looks=5)
-    trainer = Trainer(data, CONFIG.resolved(len(data.fit)), observer=observer)
+    trainer = Trainer(data, CONFIG, observer=observer)
     stopped = trainer.train()
     assert stopped.interrupted
     assert stopped.history[-1].phase == "refit"
@@ -252,7 +288,7 @@ def test_a_stopped_training_goes_on_with_the_next_call(data):
 def test_a_loss_that_is_not_finite_stops_the_training(data):
     model = TwoTower(NUM_USERS, NUM_ITEMS, 4).initialise(0, math.inf)
     with pytest.raises(TrainingError, match="learning-rate"):
-        train(data, CONFIG, plan=Plan((0,), (0.03,), epochs=1), model=model)
+        train(data, CONFIG, plan=Plan((0,), epochs=1), model=model)
 
 
 def uniform(count, known=None):
@@ -261,7 +297,7 @@ def uniform(count, known=None):
 
 def test_validation_loss_is_the_mean_over_pairs_and_repeats(data):
     model = TwoTower(NUM_USERS, NUM_ITEMS, 4).initialise(0, 0.0)
-    validation = Validation.of(data.valid, data.known_positives, 5)
+    validation = Validation.of(data.cuts[0].valid, data.known_positives, 5)
     for scale, expected in (("pairs", math.log(2)), ("positives", 11 * math.log(2))):
         loss = validation.loss(model, LossSettings(scale=scale), uniform(10), seed=1, backend="torch")
         assert loss == pytest.approx(expected, rel=1e-5)
@@ -283,7 +319,7 @@ def test_validation_loss_is_the_mean_over_pairs_and_repeats(data):
 )
 def test_validation_loss_is_that_of_the_training(data, loss, expected):
     model = TwoTower(NUM_USERS, NUM_ITEMS, 4).initialise(0, 0.0)
-    validation = Validation.of(data.valid, data.known_positives, 5)
+    validation = Validation.of(data.cuts[0].valid, data.known_positives, 5)
     value = validation.loss(model, loss, uniform(10), seed=1, backend="torch")
     assert value == pytest.approx(expected, rel=1e-5)
 
@@ -291,18 +327,19 @@ def test_validation_loss_is_that_of_the_training(data, loss, expected):
 def test_validation_metrics_hide_training_items(data):
     model = TwoTower(NUM_USERS, NUM_ITEMS, 4).initialise(0, 1.0)
     pair = Interactions(data.fit.user_index[:1].clone(), data.fit.item_index[:1].clone())
-    assert Validation.of(pair, data.known_positives, NUM_ITEMS).metrics(model)[f"Recall@{NUM_ITEMS}"] == 0
+    assert Validation.of(pair, data.known_positives, NUM_ITEMS).metrics(model)[0][f"Recall@{NUM_ITEMS}"] == 0
 
 
 def test_validation_metrics_can_keep_training_items(data):
     model = TwoTower(NUM_USERS, NUM_ITEMS, 4).initialise(0, 1.0)
     pair = Interactions(data.fit.user_index[:1].clone(), data.fit.item_index[:1].clone())
     validation = Validation.of(pair, data.known_positives, NUM_ITEMS, filter_seen=False)
-    assert validation.metrics(model)[f"Recall@{NUM_ITEMS}"] == 1
+    assert validation.metrics(model)[0][f"Recall@{NUM_ITEMS}"] == 1
 
 
 def test_validation_loss_is_one_call_and_its_indices_are_checked_once(data, monkeypatch):
-    many = Interactions(*(index.repeat(400) for index in (data.valid.user_index, data.valid.item_index)))
+    valid = data.cuts[0].valid
+    many = Interactions(*(index.repeat(400) for index in (valid.user_index, valid.item_index)))
     model = TwoTower(NUM_USERS, NUM_ITEMS, 4).initialise(0, 1.0)
     validation = Validation.of(many, data.known_positives, 5)
     calls, checked, lowest = [], [], torch.Tensor.min
@@ -317,3 +354,13 @@ def test_validation_loss_is_one_call_and_its_indices_are_checked_once(data, monk
     assert len(checked) == 2
     assert checked[0] is many.user_index
     assert checked[1] is many.item_index
+
+
+def test_of_many_users_every_nth_is_ranked(data, monkeypatch):
+    model = TwoTower(NUM_USERS, NUM_ITEMS, 4).initialise(0, 1.0)
+    all_users = Validation.of(data.cuts[0].valid, data.known_positives, 5)
+    assert 20 < len(all_users.users) <= 30
+    monkeypatch.setattr("fasttower.training.validation.MOST_USERS", 10)
+    some = Validation.of(data.cuts[0].valid, data.known_positives, 5)
+    assert some.users.equal(all_users.users[::3])
+    assert some.metrics(model)[1].equal(all_users.metrics(model)[1][::3])

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fasttower.config import Config, ResolvedTrainingConfig
+from fasttower.config import Config
 from fasttower.errors import FastTowerError
 from fasttower.model import TwoTower
 from fasttower.run.new_directory import all_or_nothing
@@ -25,7 +25,7 @@ from fasttower.run.record import Record
 from fasttower.training.observer import EpochRecord
 from fasttower_kernels.known_positives import KnownPositives
 
-FORMAT = 2
+FORMAT = 3
 """The format that runs are written in. Format 1, which has no number, calls the score a rating."""
 
 
@@ -146,9 +146,10 @@ def _check(
             raise ValueError(f"{kind}s.parquet has ids that are missing, there twice, or of type {ids.dtype}")
     if (model.embedding_dim, model.item_bias is not None) != (config.embedding_dim, config.item_bias):
         raise ValueError("config.json is of another model than model.safetensors")
-    if missing := [field for field in ResolvedTrainingConfig.__annotations__ if field not in config.given]:
+    sizes = ("embedding_dim", "init_scale", "batch_size")
+    if missing := [name for name in sizes if name not in config.given]:
         raise ValueError(f"config.json leaves open: {', '.join(missing)}")
-    if not {"settings", "best_epoch"} <= metrics.keys():
+    if not isinstance(metrics.get("settings"), str) or "best_epoch" not in metrics:
         raise ValueError("metrics.json does not say with which settings, and for how many epochs")
     if not _is_rows(known_positives.indptr, known_positives.items, users.height, items.height):
         raise ValueError("known_positives.safetensors does not hold rows of these users and items")

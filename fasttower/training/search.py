@@ -42,6 +42,7 @@ FIRST_RUNG = 4
 has hundreds."""
 
 MOST_EPOCHS = 64
+"""Of a candidate; half as many in a quick search."""
 
 TOLERANCE: dict[Preference, float] = {"accuracy": 0.0, "balanced": 1.0, "coverage": 2.0}
 """Standard errors within which coverage decides."""
@@ -175,7 +176,8 @@ class Search:
             start += [candidate._replace(embedding_dim=2 * dim) for candidate in start]
         opens = config.search != "none"
         seconds = None if isinstance(config.search, str) else float(config.search)
-        return Search(tuple(start), config.epochs or MOST_EPOCHS, opens, seconds)
+        most = MOST_EPOCHS // 2 if config.search in ("none", "quick") else MOST_EPOCHS
+        return Search(tuple(start), config.epochs or most, opens, seconds)
 
     def epochs(self, candidate: Candidate, rung: int) -> int:
         """Up to which a candidate is trained in a rung before it is compared with others."""

@@ -16,7 +16,7 @@ from fasttower_kernels.step import loss_sum
 from fasttower_kernels.tables import Interactions
 from fasttower_kernels.topk import top_k
 
-MOST_USERS = 8_192
+MOST_USERS = 4_096
 """Users whose ranking is scored; of more, every n-th: the top-K of all would take longer than an epoch."""
 
 
