@@ -219,7 +219,7 @@ def compare(
 
 
 def print_implicit(data: Data, fasttower_ns: dict[str, float]) -> None:
-    """Print what fasttower takes, and time implicit on one thread: the second of two iterations, in CPU time."""
+    """Print fasttower's epochs, and implicit's on one thread: the second of two iterations, in CPU time."""
     import numpy as np
     from implicit.cpu.als import AlternatingLeastSquares
     from implicit.cpu.bpr import BayesianPersonalizedRanking

@@ -295,16 +295,17 @@ def draw_again(
         attempt: uint32.
     """
     base = uint32(first) - uint32(1)  # of a slot's negative, with its row in the tile
+    # The positions are gathered first: the loop that draws then vectorises.
+    for i in range(count):
+        drawn[i] = positions[start + uint64(hits[i] & uint32(TILE - 1))]
     if attempt == uint32(ATTEMPTS):
         for i in range(count):
-            position = positions[start + uint64(hits[i] & uint32(TILE - 1))]
             k = uint32(base + hits[i] // uint32(TILE))
-            drawn[i] = _word(sampling, position, k * sampling.words, step, attempt)
+            drawn[i] = _word(sampling, drawn[i], k * sampling.words, step, attempt)
         return
     for i in range(count):
-        position = positions[start + uint64(hits[i] & uint32(TILE - 1))]
         k = uint32(base + hits[i] // uint32(TILE))
-        drawn[i] = drawn_item(proposal)(position, k, step, attempt, sampling)
+        drawn[i] = drawn_item(proposal)(drawn[i], k, step, attempt, sampling)
 
 
 @njit(**OPTIONS)
