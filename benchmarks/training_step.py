@@ -14,7 +14,8 @@ again; the best turn counts, in CPU time, so that a busy machine disturbs all of
     compile             eager_mulsum's loss through torch.compile
     manual_compile      its gradients by hand through torch.compile: the fastest torch loop that was found
     sparse_adam         eager_mulsum's loss with sparse embeddings and torch.optim.SparseAdam
-    dataloader          a Dataset that draws negatives row by row, behind a DataLoader (--dataloader)
+    dataloader          a Dataset that draws negatives row by row, behind a DataLoader (--dataloader); not at
+                        batch 65,536
     c_limit             benchmarks/c_limit.c through gcc where it is there: no shuffle, no exclusion, no bias
 
 SparseAdam is another optimiser and no fast version of Adam: a row that a batch does not touch keeps its
@@ -180,7 +181,14 @@ def compare_threads(counts: list[int], data: Data, repeats: int) -> None:
 
 
 def compare(
-    data: Data, dim: int, batch_size: int, folder: Path, repeats: int, *, large: bool, dataloader: bool
+    data: Data,
+    dim: int,
+    batch_size: int,
+    folder: Path,
+    repeats: int,
+    *,
+    reference: bool = True,
+    dataloader: bool = False,
 ) -> dict[str, float]:
     """Measure and print all ways at one shape."""
     known = data.known_positives()
@@ -194,7 +202,7 @@ def compare(
         "manual_compile": manual_compiled_way(*shape),
         "sparse_adam": sparse_adam_way(*shape),
     }
-    if not large:
+    if reference:
         ways["torch"] = fasttower_way("torch", *shape)
         ways["torch_exclusion"] = fasttower_way("torch", *shape, known)
     if dataloader:
@@ -267,15 +275,15 @@ def main() -> None:
     if arguments.threads:
         compare_threads(arguments.threads, data, arguments.repeats)
         return
-    options = {"repeats": arguments.repeats, "dataloader": arguments.dataloader}
+    repeats = arguments.repeats
     with tempfile.TemporaryDirectory() as folder:
         for dim, batch_size in SHAPES:
-            compare(data, dim, batch_size, Path(folder), large=False, **options)
+            compare(data, dim, batch_size, Path(folder), repeats, dataloader=arguments.dataloader)
         if arguments.data:
             return
-        small = compare(data, *LARGE_SHAPE, Path(folder), large=False, **options)
+        small = compare(data, *LARGE_SHAPE, Path(folder), repeats)
         ml_20m = make_ml_20m()
-        large = compare(ml_20m, *LARGE_SHAPE, Path(folder), large=True, **options)
+        large = compare(ml_20m, *LARGE_SHAPE, Path(folder), repeats, reference=False)
     for name in ("numba", "numba_exclusion"):
         print(f"  {name}: {large[name] / small[name]:.2f} times the time per positive of the small data set")
     if arguments.implicit:

@@ -308,6 +308,10 @@ def draw_again(
         drawn[i] = drawn_item(proposal)(drawn[i], k, step, attempt, sampling)
 
 
+# Of a sorted row that will be searched; few rows with a filter are longer.
+_FETCHED_ITEMS = 256
+
+
 @njit(**OPTIONS)
 def fetch_hits(
     draws: TileDraws, hits: Array, count: int, drawn: Array, users: Array, start: int, known: Membership
@@ -319,10 +323,10 @@ def fetch_hits(
         w = uint64(hits[i] & uint32(TILE - 1))
         word, _ = place(drawn[i], sizes[w], sizes[w] == bitmap_words)
         prefetch(bits, rows[w] + uint64(word), 1)
-        begin, end = items_row(uint64(users[start + w]), starts)
-        quarter = (end - begin) >> uint64(2)
-        for part in range(uint64(1), uint64(4)):
-            prefetch(known_items, begin + part * quarter, 1)
+        if sizes[w] != bitmap_words:
+            begin, end = items_row(uint64(users[start + w]), starts)
+            for p in range(begin, min(end, begin + uint64(_FETCHED_ITEMS)), uint64(16)):
+                prefetch(known_items, p, 1)
 
 
 @njit(**OPTIONS)
