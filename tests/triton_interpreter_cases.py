@@ -460,7 +460,7 @@ def test_loss_of_a_later_part(guarded):
     oracle = gradients_reference.batch_loss(
         *doubled(Tables(rows, *[*tables][1:])), batch, negatives, loss, key=KEY, step=5, first_position=1000
     )[1]
-    own_triton.own_launch(
+    own_triton.own_launches(
         guarded.tables(tables),
         None,
         batch,
@@ -472,7 +472,7 @@ def test_loss_of_a_later_part(guarded):
         output=Output.NOTHING,
         batch_size=len(batch),
         shuffle=False,
-    ).with_arguments(first_position=1000)()
+    ).step.with_arguments(first_position=1000)()
     assert float(losses) == pytest.approx(float(oracle), rel=1e-6)
 
 
