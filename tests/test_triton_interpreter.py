@@ -19,8 +19,11 @@ TESTS = Path(__file__).parent
 CASES = TESTS / "triton_interpreter_cases.py"
 BFLOAT16_CASES = TESTS / "triton_bfloat16_cases.py"
 LOSS_CASES = TESTS / "step" / "own_triton_cases.py"
+CONTRACT = TESTS / "step" / "test_contract.py"
 ALL_CASES = pytest.mark.parametrize(
-    "cases", [CASES, BFLOAT16_CASES, LOSS_CASES], ids=["float32", "bfloat16", "losses"]
+    "cases",
+    [CASES, BFLOAT16_CASES, LOSS_CASES, CONTRACT],
+    ids=["float32", "bfloat16", "losses", "contract"],
 )
 needs_triton = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="Triton is not installed")
 
