@@ -239,10 +239,18 @@ def test_steps_of_a_shuffled_epoch():
         assert lists.items[1, 5 : 5 + len(picked[8:16])].equal(batch.item_index[8:16])
 
 
-def test_deterministic_steps_are_refused():
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"deterministic": True}, "with in-batch negatives do not repeat .* uniform or popularity"),
+        ({"optimiser": "lazy_adam"}, "whole tables where in-batch negatives .* optimiser auto or adam"),
+    ],
+    ids=["deterministic", "lazy"],
+)
+def test_steps_that_are_refused(settings, message):
     tables, negatives = make_tables(4), negatives_of(NEGATIVES["in-batch"], None)
-    settings = StepSettings(0.1, 5, 0, negatives=negatives.settings, deterministic=True)
-    with pytest.raises(FastTowerError, match="with in-batch negatives do not repeat"):
+    settings = StepSettings(0.1, 5, 0, negatives=negatives.settings, **settings)
+    with pytest.raises(FastTowerError, match=message):
         Steps(TrainState.start(tables), make_batch(5), negatives, settings)
 
 

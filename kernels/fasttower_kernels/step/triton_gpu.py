@@ -30,7 +30,7 @@ from fasttower_kernels.negatives.proposal import Negatives
 from fasttower_kernels.negatives.reference import list_key
 from fasttower_kernels.negatives.triton_gpu import exclusion_bytes
 from fasttower_kernels.philox import seed_key
-from fasttower_kernels.settings import StepSettings
+from fasttower_kernels.settings import StepSettings, check_on_gpu
 from fasttower_kernels.shuffle import epoch_key
 from fasttower_kernels.shuffle.triton_gpu import signed_round_keys
 from fasttower_kernels.step.device_memory import listed, resident_bytes
@@ -75,6 +75,9 @@ class Steps:
         *,
         graphs: bool = True,
     ) -> None:
+        check_on_gpu(
+            settings.loss, settings.negatives, settings.optimiser, deterministic=settings.deterministic
+        )
         self.negatives = negatives
         self.settings = settings
         self.interactions = interactions
@@ -113,11 +116,6 @@ class Steps:
         }
         arrays = self.read, self.gradients, self.interactions, self.negatives, loss
         if settings.negatives.is_shared:
-            if settings.deterministic:
-                raise FastTowerError(
-                    f"on a GPU, steps with {settings.negatives.proposal} negatives do not repeat bit for "
-                    "bit; choose uniform or popularity negatives, device cpu, or deterministic off."
-                )
             block_size = settings.negatives.block_size
             programs = shared_negatives.num_programs(self.read.users, self.batch_size, block_size)
             self.losses = torch.empty(programs, dtype=torch.float64, device=self.device)

@@ -31,12 +31,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fasttower_kernels.errors import FastTowerError
 from fasttower_kernels.losses.triton_gpu import NORMALISED, POSITIVE_LAST, negative, positive
 from fasttower_kernels.negatives.proposal import Negatives
 from fasttower_kernels.negatives.triton_gpu import draw_quad, exclusion_arguments, table_arguments
 from fasttower_kernels.philox import Key
-from fasttower_kernels.settings import LossSettings
+from fasttower_kernels.settings import LossSettings, check_on_gpu
 from fasttower_kernels.shuffle.triton_gpu import row_bits
 from fasttower_kernels.step.batch_triton_gpu import batch_exclusion, batch_positives
 from fasttower_kernels.step.own_negatives.hard_triton_gpu import hard_launch, kept_quad
@@ -506,20 +505,6 @@ def num_programs(batch_size: int, width: int, lanes: int) -> int:
     return triton.cdiv(batch_size, tile_of(width, lanes)[1].rows)
 
 
-def check_settings(loss: LossSettings, *, deterministic: bool) -> None:
-    """Check that the kernel can do what is asked.
-
-    Raises:
-        FastTowerError: it cannot; the message says what can.
-    """
-    if deterministic and (loss.is_cosine or loss.bias_l2):
-        found = "cosine similarity" if loss.is_cosine else "an L2 of the item biases"
-        raise FastTowerError(
-            f"on a GPU, runs with {found} do not repeat bit for bit; choose the dot product without it, "
-            "device cpu, or deterministic off."
-        )
-
-
 def own_launches(
     parameters: Tables,
     gradients: Tables | None,
@@ -538,7 +523,7 @@ def own_launches(
     lanes: int | None = None,
 ) -> OwnLaunches:
     """The launches of a step with their arguments; see `own_negatives_kernel`."""
-    check_settings(loss, deterministic=output is Output.PAIRS)
+    check_on_gpu(loss, negatives.settings, "adam", deterministic=output is Output.PAIRS)
     num_users, width = parameters.users.shape
     lanes = lanes or warp_lanes()
     block_d, tile = tile_of(width, lanes)
