@@ -20,12 +20,13 @@ STEP, LAZY = "step, exclusion by bitmaps", "lazy adam, exclusion by bitmaps"
 LAZY_USERS = "lazy adam, only users"
 OTHERS = ("step, exclusion by filters", "adam", "segments (deterministic)", "partials (deterministic)")
 LOSSES = [f"step, {name}" for name in ("softmax", "bpr", "gbce", "cosine", "softmax, cosine")]
+PROPOSALS = ["step, popularity, softmax", "step, hard", "choice of hard negatives", "lazy adam, popularity"]
 SHARED = ["shared users, softmax, float32", "shared users, softmax, tf32", "shared items, softmax, bfloat16"]
 KERNELS = [f"{name}{dtype}" for name in (STEP, LAZY, LAZY_USERS, *OTHERS) for dtype in ("", ", bfloat16")]
 WHOLE_TABLES = {"adam": 2, LAZY_USERS: 1, "lazy adam, only items": 1}
 LAZY_TABLES = {LAZY_USERS: 1, "lazy adam, only items": 1, "lazy adam, all rows of users": 1}
 VECTORS_PER_STEP = 6  # the user, the positive, and a quad of negatives
-OWN_NAMES, SHARED_NAMES = 20 + 19, 18  # kernels of a dimension: with float32 and bfloat16 tables, and shared
+OWN_NAMES, SHARED_NAMES = 25 + 24, 18  # kernels of a dimension: with float32 and bfloat16 tables, and shared
 
 
 def compiled(*arguments):
@@ -102,9 +103,10 @@ def test_kernels(targets):
         check(one)
 
 
-def test_losses_and_shared_negatives_nvidia():
-    figures = compiled("--dims", "64", "--targets", "sm_90", "--kernels", *LOSSES, *SHARED)
-    assert [one["kernel"] for one in figures] == LOSSES + SHARED
+def test_losses_and_proposals_nvidia():
+    names = LOSSES + PROPOSALS + SHARED
+    figures = compiled("--dims", "64", "--targets", "sm_90", "--kernels", *names)
+    assert sorted(one["kernel"] for one in figures) == sorted(names)
     for one in figures:
         check(one)
 
