@@ -183,7 +183,7 @@ SETTINGS = StepSettings(0.05, 10, 9, LossSettings("softmax", **L2), NegativeSett
 STEPS = {
     "own": SETTINGS,
     "hard by popularity, lazy": replace(
-        SETTINGS, negatives=NegativeSettings("popularity", count=2, pool=5), optimiser="lazy_adam"
+        SETTINGS, negatives=NegativeSettings("popularity", count=2, pool=4), optimiser="lazy_adam"
     ),
     "own, cosine, lazy": replace(SETTINGS, loss=LOSSES["softmax, cosine"], optimiser="lazy_adam"),
     "in-batch": replace(SETTINGS, negatives=NegativeSettings("in-batch", block_size=4)),

@@ -1,4 +1,4 @@
-"""The cases of `test_shared_triton`'s interpreter: run there, with TRITON_INTERPRET=1.
+"""The cases of `test_triton_interpreter`: run there, with TRITON_INTERPRET=1.
 
 The oracle is the plain torch reference in float64, which `test_contract` holds against the contract. Tiles
 are of 32 rows and columns, so that lists and blocks take several, with a rest.
@@ -32,7 +32,7 @@ from fasttower_kernels.tables import Interactions, Tables
 from fasttower_kernels.triton_launch import signed_word
 
 if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("TRITON_INTERPRET is not 1: run test_shared_triton.py", allow_module_level=True)
+    pytest.skip("TRITON_INTERPRET is not 1: run test_triton_interpreter.py", allow_module_level=True)
 
 EDGE, CANARY = 64, 7.0
 LOSSES = {

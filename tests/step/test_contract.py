@@ -75,6 +75,8 @@ def quick(backend, loss, negatives, shape):
     Lists of all kinds run the same code.
     """
     if backend == "triton":
+        if negatives == "more than a chunk" and loss != "softmax":
+            return False  # only numba has chunks
         return shape == SHAPES[(loss, negatives) not in EXCLUDED_IN_THE_INTERPRETER]
     turn = list(LOSSES).index(loss) + (NEGATIVES[negatives].proposal != "uniform")
     return backend == "torch" or shape == SHAPES[turn % 2]
