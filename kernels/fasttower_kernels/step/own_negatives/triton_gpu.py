@@ -331,7 +331,8 @@ def own_negatives_kernel(
         z = largest + tl.log(total)
 
     # Rows that a thread has registers for.
-    AHEAD: tl.constexpr = 2 if (BLOCK_D > 128 or (COSINE and NORMALISED)) else 4
+    READS_MORE: tl.constexpr = COSINE or (log_p_ptr is not None)
+    AHEAD: tl.constexpr = 2 if (BLOCK_D > 128 or (NORMALISED and READS_MORE)) else 4
     loss = p * 0.0
     slopes = p * 0.0
     gradient = tl.zeros_like(raw)
