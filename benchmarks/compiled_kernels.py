@@ -152,6 +152,14 @@ def _read_amd(compiled: Any) -> dict[str, int]:
     }
 
 
+_launches = lru_cache(launches)
+
+
+def _compile(asked: tuple[str, int, str]) -> Figures:
+    name, dim, target = asked
+    return compile_launch(name, _launches(dim, TARGETS[target].warp_size)[name], dim, target)
+
+
 def compile_all(
     dims: tuple[int, ...], targets: tuple[str, ...], kernels: tuple[str, ...] = ()
 ) -> list[Figures]:
@@ -165,14 +173,6 @@ def compile_all(
     ]
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("fork")) as pool:
         return list(pool.map(_compile, asked))
-
-
-_launches = lru_cache(launches)
-
-
-def _compile(asked: tuple[str, int, str]) -> Figures:
-    name, dim, target = asked
-    return compile_launch(name, _launches(dim, TARGETS[target].warp_size)[name], dim, target)
 
 
 def table(figures: list[Figures]) -> str:
