@@ -46,8 +46,8 @@ def kept_quad(kept_ptr, b, quad, num_negatives, live):
 
 @triton.jit
 def _order(x):
-    """Integers [R], int64, in the order of floats; 0 and -0 are equal."""
-    bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
+    """Integers [R], int64, in the order of floats."""
+    bits = x.to(tl.int32, bitcast=True)
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
 
 
