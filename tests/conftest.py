@@ -13,7 +13,7 @@ import fasttower
 from fasttower import Config
 
 # They compile the most, or wait for a process that does.
-SLOWEST_FIRST = ("test_triton_compiled", "test_triton_interpreter", "test_shared_triton", "test_steps_numba")
+SLOWEST_FIRST = ("test_triton_compiled", "test_triton_interpreter", "test_steps_numba")
 
 
 @pytest.hookimpl(tryfirst=True)  # pytest-xdist's own reads the options
