@@ -7,6 +7,7 @@ its negatives row by row, as notebooks do.
 import pytest
 import torch
 
+from benchmarks import torch_baselines
 from benchmarks import training_step as ways
 from fasttower_kernels.negatives import Negatives, sample_negatives
 from fasttower_kernels.philox import seed_key
@@ -29,6 +30,7 @@ TORCH = [
     "torch_sparse_adam",
     "torch_dataloader",
     pytest.param("torch_compile", marks=pytest.mark.slow),
+    pytest.param("torch_manual_compile", marks=pytest.mark.slow),
 ]
 
 
@@ -98,13 +100,25 @@ def torch_steps(way, dim, batch_size, data):
 
         def loss_of(users, items, *batch):
             embeddings = (torch.nn.Embedding.from_pretrained(table) for table in (users, items))
-            return ways.loss_sparse(*embeddings, *batch)
+            return torch_baselines.loss_sparse(*embeddings, *batch)
 
         assert_right_loss(loss_of, dim, batch_size, data)
         steps = ways.sparse_adam_way(dim, batch_size, data)
     elif way == "torch_dataloader":
         assert_right_loss(ways.loss_mulsum, dim, batch_size, data)
         steps = ways.dataloader_way(dim, batch_size, data)
+    elif way == "torch_manual_compile":
+
+        def loss_of(users, items, *batch):
+            gradients = torch.zeros_like(users), torch.zeros_like(items)
+            loss = torch_baselines.gradients_by_hand(users, items, *gradients, *batch)
+            parameters = users.clone().requires_grad_(), items.clone().requires_grad_()
+            right = torch.autograd.grad(ways.loss_mulsum(*parameters, *batch), parameters)
+            torch.testing.assert_close(gradients, right)
+            return loss
+
+        assert_right_loss(loss_of, dim, batch_size, data)
+        steps = ways.manual_compiled_way(dim, batch_size, data)
     else:
         loss_of = LOSSES.get(way) or torch.compile(ways.loss_mulsum, dynamic=False)
         assert_right_loss(loss_of, dim, batch_size, data)

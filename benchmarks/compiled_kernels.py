@@ -14,10 +14,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import re
 import subprocess
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -149,17 +152,27 @@ def _read_amd(compiled: Any) -> dict[str, int]:
     }
 
 
+_launches = lru_cache(launches)
+
+
+def _compile(asked: tuple[str, int, str]) -> Figures:
+    name, dim, target = asked
+    return compile_launch(name, _launches(dim, TARGETS[target].warp_size)[name], dim, target)
+
+
 def compile_all(
     dims: tuple[int, ...], targets: tuple[str, ...], kernels: tuple[str, ...] = ()
 ) -> list[Figures]:
-    """The figures of the kernels, all of them if none is named."""
-    return [
-        compile_launch(name, launch, dim, target)
+    """The figures of the kernels, all of them if none is named, compiled on all cores."""
+    asked = [
+        (name, dim, target)
         for dim in dims
         for target in targets
-        for name, launch in launches(dim, TARGETS[target].warp_size).items()
+        for name in _launches(dim, TARGETS[target].warp_size)
         if not kernels or name in kernels
     ]
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("fork")) as pool:
+        return list(pool.map(_compile, asked))
 
 
 def table(figures: list[Figures]) -> str:

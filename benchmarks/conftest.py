@@ -23,7 +23,7 @@ for library in ("POLARS_MAX", "OPENBLAS_NUM", "MKL_NUM"):  # Polars and numpy re
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from benchmarks.training_step import Data, make_data  # noqa: E402
+from benchmarks.shapes import Data, make_data  # noqa: E402
 from fasttower_kernels.known_positives import KnownPositives  # noqa: E402
 
 # pytest-benchmark's options; max_time is the seconds that the rounds of one benchmark take.

@@ -15,9 +15,12 @@ The rows that a batch touches are expected numbers. A user with the share p of t
 B with probability 1 - (1 - p)^B; activity and popularity are those of the shape `synthetic-20m`. A row that
 is touched with probability P per step has missed more than k steps with probability (1 - P)^k.
 
+Of the kernels as they are, the loop that walks to a row of the order counts once, and draws that are
+repeated do not.
+
 "Serial" waits for each negative's gradients before it loads the next negative, has one decision on lazy Adam
 for both tables, and replays the missed steps one after another. "Loads first" loads four negatives at once,
-decides per table, updates both in one launch, and sums the missed steps with three terms.
+decides per table, updates both in one launch, and sums the missed steps by a Gauss rule of three terms.
 """
 
 from __future__ import annotations
@@ -68,10 +71,14 @@ class Program(NamedTuple):
 # Six trips outside of the negatives: counters, batch, bounds of the known positives, vectors, bias, gradient.
 # For each four negatives the bitmap, then vector and bias of one after another, or of all together.
 SERIAL_STEP = Program(92, 433 + QUADS * 559 + 33, 6 + QUADS * (1 + 4 * 2))
-STEP = Program(117, 443 + QUADS * 509 + 30, 6 + QUADS * (1 + 1))
+STEP = Program(119, 445 + QUADS * 507 + 36, 6 + QUADS * (1 + 1))
 # Lazy Adam: two users and their positives; up to four negatives of two positives, drawn again; two users.
 SERIAL_POSITIVES, SERIAL_NEGATIVES = Program(96, 1_000, 6, 2), Program(96, 1_860, 8, 3)
-POSITIVES, NEGATIVES, USERS = Program(114, 1_930, 7, 2), Program(114, 3_830, 11, 3), Program(84, 800, 4, 1)
+# An item and its bias; three terms of a sum take two more rounds of its loop.
+ITEM = 598 + 2 * 63
+POSITIVES = Program(67, 276 + 308 + 2 * 64 + 18 + ITEM + 8, 7, 2)
+NEGATIVES = Program(67, 276 + 164 + 23 + NUM_NEGATIVES * ITEM // QUADS + 8, 11, 3)
+USERS = Program(72, 529 + 2 * 63, 4, 1)
 USER_TERM, ITEM_TERM = 63, 97  # instructions of a serial replay per missed step; an item has a bias
 
 

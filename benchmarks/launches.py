@@ -7,6 +7,7 @@ nothing else is said the loss is binary cross-entropy of the dot product, and ta
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -15,7 +16,8 @@ from fasttower_kernels.known_positives import KnownPositives
 from fasttower_kernels.negatives.proposal import Negatives
 from fasttower_kernels.settings import LazyTables, LossSettings, NegativeSettings
 from fasttower_kernels.step.lazy_triton_gpu import LazyLaunches, lazy_launches
-from fasttower_kernels.step.own_negatives.triton_gpu import Output, PairBuffers, own_launch
+from fasttower_kernels.step.own_negatives.pairs_triton_gpu import PairBuffers
+from fasttower_kernels.step.own_negatives.triton_gpu import Output, OwnLaunches, own_launches
 from fasttower_kernels.step.segments_triton_gpu import segments_launches
 from fasttower_kernels.step.shared_negatives.triton_gpu import SharedLaunches, shared_launches
 from fasttower_kernels.step.state import TrainState
@@ -26,6 +28,9 @@ NUM_NEGATIVES = 10
 _USERS, _ITEMS = 8, 40
 _INDEX = torch.arange(_USERS, dtype=torch.int32)
 _INTERACTIONS = Interactions(_INDEX, _INDEX)
+_UNIFORM = NegativeSettings(count=NUM_NEGATIVES)
+_POPULARITY = NegativeSettings("popularity", count=NUM_NEGATIVES)
+_HARD = NegativeSettings(count=NUM_NEGATIVES, pool=4 * NUM_NEGATIVES)
 _DEFAULT = LossSettings(user_l2=0.01, item_l2=0.01)
 _COSINE = replace(_DEFAULT, similarity="cosine")
 # Beside the default one, of steps whose positives have their own negatives.
@@ -82,17 +87,18 @@ def _launches_of(dim: int, lanes: int, table_dtype: torch.dtype) -> dict[str, La
     counters = torch.zeros(2, dtype=torch.int64)
     pairs = PairBuffers.empty(_USERS, NUM_NEGATIVES, parameters.users.device)
 
-    def step(
+    def launches(
         known_positives: KnownPositives | None = known,
         *,
+        negatives: NegativeSettings = _UNIFORM,
         loss: LossSettings = _DEFAULT,
         output: Output = Output.GRADIENTS,
-    ) -> Launch:
-        return own_launch(
+    ) -> OwnLaunches:
+        return own_launches(
             read,
             parameters if output is Output.GRADIENTS else None,
             _INTERACTIONS,
-            Negatives(NegativeSettings(count=NUM_NEGATIVES), _USERS, _ITEMS, known_positives),
+            Negatives.of(negatives, _INTERACTIONS, _USERS, _ITEMS, known_positives),
             loss,
             words=torch.zeros(10, dtype=torch.int32),
             counters=counters,
@@ -104,6 +110,11 @@ def _launches_of(dim: int, lanes: int, table_dtype: torch.dtype) -> dict[str, La
             lanes=lanes,
         )
 
+    def step(*arguments: KnownPositives | None, **settings: Any) -> Launch:
+        return launches(*arguments, **settings).step
+
+    hard = launches(negatives=_HARD)
+    assert hard.choose is not None
     bitmaps = step()
     assert bitmaps.arguments["bit_offsets_ptr"] is None
     filters = {"bit_offsets_ptr": known.indptr}  # any offsets
@@ -132,6 +143,10 @@ def _launches_of(dim: int, lanes: int, table_dtype: torch.dtype) -> dict[str, La
         "step, exclusion by filters": bitmaps.with_arguments(**filters),
         "step, plain negatives": step(None),
         **{f"step, {name}": step(loss=loss) for name, loss in _LOSSES.items()},
+        "step, popularity": step(negatives=_POPULARITY),
+        "step, popularity, softmax": step(negatives=_POPULARITY, loss=_LOSSES["softmax"]),
+        "step, hard": hard.step,
+        "choice of hard negatives": hard.choose,
         "loss alone": step(output=Output.NOTHING),
         "pairs (deterministic)": step(output=Output.PAIRS),
         "segments (deterministic)": segments,
@@ -149,6 +164,7 @@ def _launches_of(dim: int, lanes: int, table_dtype: torch.dtype) -> dict[str, La
         "lazy adam, exclusion by bitmaps": lazy.update,
         "lazy adam, exclusion by filters": lazy.update.with_arguments(**filters),
         "lazy adam, plain negatives": lazy_of(step(None)).update,
+        "lazy adam, popularity": lazy_of(step(negatives=_POPULARITY)).update,
         "lazy adam, only users": lazy_of(bitmaps, items=False).update,
         "lazy adam, only items": lazy_of(bitmaps, users=False).update,
         "lazy adam, all rows": lazy.at_the_end,

@@ -23,7 +23,7 @@ import numba
 import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
 
-from benchmarks.training_step import Data, make_data, make_tables, read_data
+from benchmarks.shapes import Data, make_data, make_tables, read_data
 from fasttower_kernels.known_positives import KnownPositives
 from fasttower_kernels.negatives import Negatives
 from fasttower_kernels.settings import LossName, LossSettings, NegativeSettings, Proposal

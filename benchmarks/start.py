@@ -46,7 +46,7 @@ def first_step(optimiser: str, threads: int) -> dict[str, list[float]]:
     import fasttower_kernels.step.numba_cpu  # noqa: F401
 
     lap("import fasttower_kernels")
-    from benchmarks.training_step import make_data, make_tables
+    from benchmarks.shapes import make_data, make_tables
     from fasttower.config import PRESETS
     from fasttower_kernels.negatives import Negatives
     from fasttower_kernels.settings import StepSettings

@@ -40,16 +40,17 @@ def step_mb(way: str, num_negatives: int, threads: int) -> float:
     """What one step takes in this process."""
     import torch
 
-    from benchmarks import training_step as ways
+    from benchmarks.shapes import make_data, make_tables
+    from benchmarks.torch_baselines import loss_mulsum, torch_way
     from fasttower_kernels.negatives import Negatives
     from fasttower_kernels.settings import LossSettings, NegativeSettings, StepSettings
     from fasttower_kernels.step import Step, TrainState
 
     torch.set_num_threads(threads)
-    data = ways.make_data()
+    data = make_data()
     if way == "numba":
         known = data.known_positives()
-        state = TrainState.start(ways.make_tables(DIM, data, item_bias=True))
+        state = TrainState.start(make_tables(DIM, data, item_bias=True))
 
         def step(batch_size: int) -> None:
             few = min(num_negatives, 10) if batch_size < BATCH_SIZE else num_negatives
@@ -58,8 +59,8 @@ def step_mb(way: str, num_negatives: int, threads: int) -> float:
             settings = StepSettings(0.01, batch_size, 0, loss, negatives.settings, "adam")
             Step(state, data.interactions, negatives, settings, backend="numba").run(0, 1)
     else:
-        tables = ways.torch_way(ways.loss_mulsum, DIM, BATCH_SIZE, data)
-        small = ways.torch_way(ways.loss_mulsum, DIM, WARM_UP, data)
+        tables = torch_way(loss_mulsum, DIM, BATCH_SIZE, data)
+        small = torch_way(loss_mulsum, DIM, WARM_UP, data)
 
         def step(batch_size: int) -> None:
             (tables if batch_size == BATCH_SIZE else small)(1)

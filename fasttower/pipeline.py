@@ -29,6 +29,7 @@ from fasttower.training.trainer import TrainedModel, Trainer
 from fasttower.versions import versions
 from fasttower_kernels.backends import choose_backend
 from fasttower_kernels.known_positives import KnownPositives
+from fasttower_kernels.settings import check_on_gpu
 from fasttower_kernels.step.device_memory import check_device_memory, resident_bytes
 from fasttower_kernels.tables import Interactions, padded
 
@@ -181,6 +182,13 @@ def _choose_where(config: Config, observer: FitObserver) -> tuple[torch.device, 
     backend, why = choose_backend(config.backend, device)
     if config.deterministic:
         check_repeatable(backend, device)
+    if backend == "triton":
+        check_on_gpu(
+            config.loss_settings(config.l2[0]),
+            config.negative_settings,
+            config.optimiser,
+            deterministic=config.deterministic,
+        )
     return device, backend, why
 
 

@@ -13,14 +13,15 @@ import fasttower
 from fasttower import Config
 
 # They compile the most, or wait for a process that does.
-SLOWEST_FIRST = ("test_triton_compiled", "test_triton_interpreter", "test_shared_triton", "test_steps_numba")
+SLOWEST_FIRST = ("test_triton_compiled", "test_triton_interpreter", "test_steps_numba")
 
 
 @pytest.hookimpl(tryfirst=True)  # pytest-xdist's own reads the options
 def pytest_cmdline_main(config):
     """Where whole folders are tested and nothing else is said, two processes share the files."""
+    within = "PYTEST_XDIST_WORKER" in os.environ  # of one of them, or of a test's own process
     folders = all(Path(argument).is_dir() for argument in config.args)
-    if folders and config.getoption("numprocesses", default=0) is None:
+    if folders and not within and config.getoption("numprocesses", default=0) is None:
         config.option.numprocesses, config.option.dist = 2, "loadfile"
 
 

@@ -62,6 +62,23 @@ def test_a_device_that_does_not_repeat_is_refused_before_the_data_are_read(monke
         fasttower.fit("/no/such/file.csv", dataclasses.replace(CONFIG, deterministic=True))
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"deterministic": True, "similarity": "cosine"}, "cosine similarity do not repeat"),
+        ({"deterministic": True, "negatives": "mixed"}, "mixed negatives do not repeat"),
+        ({"deterministic": True, "bias_l2": 0.1}, "an L2 of the item biases do not repeat"),
+        ({"optimiser": "lazy_adam", "negatives": "in-batch"}, "whole tables where in-batch negatives"),
+    ],
+    ids=["cosine", "shared", "bias", "lazy"],
+)
+def test_what_a_gpu_does_not_do_is_refused_before_the_data_are_read(monkeypatch, settings, message):
+    monkeypatch.setattr(pipeline, "choose_device", lambda *_, **__: (torch.device("cuda"), None))
+    monkeypatch.setattr(pipeline, "choose_backend", lambda *_: ("triton", "asked for"))
+    with pytest.raises(FastTowerError, match=message):
+        fasttower.fit("/no/such/file.csv", dataclasses.replace(CONFIG, **settings))
+
+
 def test_a_device_that_is_not_there_is_a_warning_where_fit_was_called(ratings, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.warns(UserWarning, match="--device cuda was asked for, but .* going on on the CPU") as warned:

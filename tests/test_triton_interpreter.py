@@ -1,6 +1,7 @@
 """The Triton kernels under Triton's interpreter, where there is no GPU.
 
-`TRITON_INTERPRET` is read when a kernel is decorated, so the cases run in a process of their own.
+`TRITON_INTERPRET` is read when a kernel is decorated, so the cases run in processes of their own, all files
+together: starting costs as much as a file's cases.
 """
 
 import importlib.util
@@ -16,18 +17,22 @@ from fasttower_kernels.backends import choose_backend
 from fasttower_kernels.errors import FastTowerError
 
 TESTS = Path(__file__).parent
-CASES = TESTS / "triton_interpreter_cases.py"
-BFLOAT16_CASES = TESTS / "triton_bfloat16_cases.py"
-LOSS_CASES = TESTS / "step" / "own_triton_cases.py"
-ALL_CASES = pytest.mark.parametrize(
-    "cases", [CASES, BFLOAT16_CASES, LOSS_CASES], ids=["float32", "bfloat16", "losses"]
+CASES = (
+    "triton_interpreter_cases.py",
+    "triton_bfloat16_cases.py",
+    "step/own_triton_cases.py",
+    "step/shared_triton_cases.py",
+    "step/test_contract.py",
 )
+WORKERS = 2
 needs_triton = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="Triton is not installed")
 
 
-def run_cases(cases, *arguments):
+def run_cases(*arguments):
+    files = [str(TESTS / name) for name in CASES]
+    options = ["-p", "no:cacheprovider", "-n", str(WORKERS), "--dist", "worksteal"]
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", str(cases), "-x", "-p", "no:cacheprovider", *arguments],
+        [sys.executable, "-m", "pytest", *files, "-x", *options, *arguments],
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         cwd=TESTS.parent,
         capture_output=True,
@@ -40,16 +45,14 @@ def run_cases(cases, *arguments):
 
 
 @needs_triton
-@ALL_CASES
-def test_kernels(cases):
-    run_cases(cases)
+def test_kernels():
+    run_cases()
 
 
 @needs_triton
 @pytest.mark.slow
-@ALL_CASES
-def test_kernels_in_more_shapes(cases):
-    run_cases(cases, "-m", "slow")
+def test_kernels_in_more_shapes():
+    run_cases("-m", "slow")
 
 
 def test_triton_is_not_for_the_cpu():

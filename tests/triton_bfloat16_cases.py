@@ -184,8 +184,8 @@ def test_float32_has_no_copies():
     state = TrainState.start(make_tables(4))
     steps = steps_of(steps_triton, state, make_batch(5), None, SETTINGS)
     assert steps.rounded is None
-    assert steps.batch.arguments["users_ptr"] is state.parameters.users
-    assert steps.batch.arguments["items_ptr"] is state.parameters.items
+    assert steps.batch.step.arguments["users_ptr"] is state.parameters.users
+    assert steps.batch.step.arguments["items_ptr"] is state.parameters.items
     assert steps.update.arguments["rounded_users_ptr"] is steps.update.arguments["rounded_items_ptr"] is None
 
 

@@ -460,7 +460,7 @@ def test_loss_of_a_later_part(guarded):
     oracle = gradients_reference.batch_loss(
         *doubled(Tables(rows, *[*tables][1:])), batch, negatives, loss, key=KEY, step=5, first_position=1000
     )[1]
-    own_triton.own_launch(
+    own_triton.own_launches(
         guarded.tables(tables),
         None,
         batch,
@@ -472,7 +472,7 @@ def test_loss_of_a_later_part(guarded):
         output=Output.NOTHING,
         batch_size=len(batch),
         shuffle=False,
-    ).with_arguments(first_position=1000)()
+    ).step.with_arguments(first_position=1000)()
     assert float(losses) == pytest.approx(float(oracle), rel=1e-6)
 
 
@@ -723,7 +723,16 @@ def one_lazy_table(monkeypatch, request):
 
 
 def check_lazy_steps(
-    guarded, num_steps, calls, *, num_negatives=2, bias=True, deterministic=False, first_epoch=1
+    guarded,
+    num_steps,
+    calls,
+    *,
+    num_negatives=2,
+    bias=True,
+    deterministic=False,
+    first_epoch=1,
+    proposal="uniform",
+    pool=0,
 ):
     """Against dense Adam in float64, through an epoch; its last batch is short."""
     interactions, known = lazy_example(num_steps, 4)
@@ -732,7 +741,7 @@ def check_lazy_steps(
         4,
         seed=7,
         loss=both_l2(0.01),
-        negatives=NegativeSettings(count=num_negatives),
+        negatives=NegativeSettings(proposal, num_negatives, pool),
         optimiser="lazy_adam",
         deterministic=deterministic,
     )
@@ -769,6 +778,12 @@ def test_lazy_steps(guarded, monkeypatch):
 )
 def test_lazy_steps_of_other_kinds(guarded, num_negatives, bias, deterministic):
     check_lazy_steps(guarded, 5, (5,), num_negatives=num_negatives, bias=bias, deterministic=deterministic)
+
+
+@pytest.mark.usefixtures("large_programs")
+def test_lazy_steps_of_hard_negatives(guarded):
+    # Rows of the pool are read whether they are kept or not.
+    check_lazy_steps(guarded, 6, (6,), num_negatives=1, proposal="popularity", pool=5)
 
 
 @pytest.mark.usefixtures("large_programs")

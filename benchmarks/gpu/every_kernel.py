@@ -29,6 +29,9 @@ SHAPE = Shape(users=499, items=301, ratings=2_003, min_ratings=1)
 BATCH_SIZE = 199
 DIMS = (64, 13)
 KEY = seed_key(7)
+POPULARITY = NegativeSettings("popularity", count=7)
+HARD = NegativeSettings(count=5, pool=18)
+HARD_BY_POPULARITY = replace(POPULARITY, pool=18)
 MIXED = NegativeSettings("mixed", count=37, block_size=64)
 
 
@@ -42,6 +45,11 @@ def step_cases() -> list[Fused]:
         Fused(table_dtype="bfloat16", loss=SOFTMAX, negatives=MIXED, graphs=False),
         *(Fused(loss=replace(BCE, name=name), graphs=False) for name in ("gbce", "bpr", "softmax")),
         Fused(loss=replace(BCE, similarity="cosine"), graphs=False),
+        Fused("lazy_adam", negatives=POPULARITY, graphs=False),
+        Fused(loss=SOFTMAX, negatives=POPULARITY, exclusion="filters", graphs=False),
+        Fused("lazy_adam", negatives=HARD, graphs=False),
+        Fused(loss=replace(SOFTMAX, similarity="cosine"), negatives=HARD_BY_POPULARITY, graphs=False),
+        Fused(table_dtype="bfloat16", negatives=HARD, graphs=False),
         Fused(exclusion="filters", graphs=False),
         Fused("lazy_adam", exclusion="filters", graphs=False),
         Fused(exclusion=None, graphs=False),

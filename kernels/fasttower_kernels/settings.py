@@ -181,7 +181,8 @@ class StepSettings:
         negatives: of a positive.
         optimiser: adam updates every row in each step; lazy_adam, in the same way to rounding, the rows in
             use, and the others at the end of a call. auto chooses by the sizes: numba for both tables
-            together (`is_lazy`), triton for each of them (`lazy_tables`); torch takes adam.
+            together (`is_lazy`), triton for each of them (`lazy_tables`; adam where negatives are shared,
+            and lazy_adam is refused there); torch takes adam.
         table_dtype: of the user and item vectors as the loss and its gradients read them. With bfloat16 they
             are rounded, to nearest, ties to even; the item bias, all arithmetic, the gradients and the
             tables that Adam updates stay float32, so that updates too small for bfloat16 add up. Backends
@@ -191,7 +192,8 @@ class StepSettings:
             benchmarks.bfloat16_error``). Source: Micikevicius et al., "Mixed Precision Training" (ICLR
             2018), section 3.1.
         deterministic: repeat bit for bit on a GPU too, without floating-point atomics; on a CPU steps do, for
-            their number of threads. Backend triton holds the (B, 1 + N) items and slopes of a batch for it.
+            their number of threads. Backend triton holds the (B, 1 + N) items and slopes of a batch for it;
+            `check_on_gpu` says what it does not go together with.
     """
 
     learning_rate: float
@@ -283,6 +285,32 @@ def check_together(loss: LossSettings, negatives: NegativeSettings) -> None:
         raise FastTowerError(
             f"loss scale pairs counts the negatives of each positive, which {negatives.proposal} ones share; "
             "choose loss scale positives, or uniform or popularity negatives."
+        )
+
+
+def check_on_gpu(
+    loss: LossSettings, negatives: NegativeSettings, optimiser: Optimiser, *, deterministic: bool
+) -> None:
+    """Check that the Triton backend can do what is asked.
+
+    Raises:
+        FastTowerError: it cannot; the message says what goes together.
+    """
+    if optimiser == "lazy_adam" and negatives.is_shared:
+        raise FastTowerError(
+            f"backend triton updates whole tables where {negatives.proposal} negatives are used; choose "
+            "optimiser auto or adam, or uniform or popularity negatives."
+        )
+    reasons = {
+        f"{negatives.proposal} negatives": negatives.is_shared,
+        "cosine similarity": loss.is_cosine,
+        "an L2 of the item biases": loss.bias_l2 > 0,
+    }
+    found = next((reason for reason, there in reasons.items() if there), None)
+    if deterministic and found:
+        raise FastTowerError(
+            f"on a GPU, runs with {found} do not repeat bit for bit; those with uniform or popularity "
+            "negatives, the dot product and no bias_l2 do: choose these, device cpu, or deterministic off."
         )
 
 

@@ -76,6 +76,30 @@ def test_two_epochs_of_shared_negatives(graphs, proposal):
     check_two_epochs(make_batch(99 * 64 + 17), make_known(), settings, graphs=graphs)
 
 
+@pytest.mark.parametrize("optimiser", OPTIMISERS)
+@pytest.mark.parametrize("deterministic", [False, True], ids=["graphs", "sorted"])
+def test_two_epochs_of_negatives_by_popularity(deterministic, optimiser):
+    negatives, loss = NegativeSettings("popularity", count=5), replace(LOSS, name="softmax")
+    settings = StepSettings(0.01, 64, 2**40 + 1, loss, negatives, optimiser, deterministic=deterministic)
+    check_two_epochs(make_batch(99 * 64 + 17), make_known(), settings, graphs=not deterministic)
+
+
+@pytest.mark.parametrize("optimiser", OPTIMISERS)
+@pytest.mark.parametrize("deterministic", [False, True], ids=["graphs", "sorted"])
+def test_hard_negatives(deterministic, optimiser):
+    # Few steps: where tables differ by more than rounding, some choice differs in the end.
+    interactions, known = make_batch(8 * 64 + 17), make_known()
+    negatives = NegativeSettings("popularity", count=5, pool=12)
+    settings = StepSettings(0.01, 64, 3, LOSS, negatives, optimiser, deterministic=deterministic)
+    state = start_state(make_tables(16))
+    start, oracle = doubled(state.parameters), doubled_state(state)
+    value = triton_steps(state, interactions, known, settings).run(0, 9)
+    right = reference_steps(oracle, interactions, known, settings).run(0, 9)
+    assert float(value) == pytest.approx(float(right), rel=1e-5)
+    for result, expected, before in zip(state.parameters, oracle.parameters, start, strict=True):
+        assert error(result - before, expected - before) < 2e-5
+
+
 def check_two_epochs(interactions, known, settings, *, graphs):
     """Against dense Adam in float64; 100 steps an epoch."""
     state = start_state(make_tables(16))
@@ -205,10 +229,16 @@ def test_deterministic_runs_repeat_bit_for_bit(optimiser, table_dtype):
 
 
 @pytest.mark.parametrize(
-    ("optimiser", "proposal"), [("adam", "uniform"), ("lazy_adam", "uniform"), ("adam", "mixed")]
+    ("optimiser", "proposal", "pool"),
+    [
+        ("adam", "uniform", 0),
+        ("lazy_adam", "uniform", 0),
+        ("lazy_adam", "popularity", 9),
+        ("adam", "mixed", 0),
+    ],
 )
-def test_no_word_from_the_host_inside_an_epoch(optimiser, proposal):
-    negatives = NegativeSettings(proposal, count=4, block_size=32)
+def test_no_word_from_the_host_inside_an_epoch(optimiser, proposal, pool):
+    negatives = NegativeSettings(proposal, count=4, pool=pool, block_size=32)
     settings = StepSettings(0.01, 128, 3, negatives=negatives, optimiser=optimiser)
     steps = triton_steps(start_state(make_tables(16)), make_batch(10_000), make_known(), settings)
     steps.run(0, 79)

@@ -87,6 +87,20 @@ def test_negatives(known, num_negatives):
     assert negatives[counts].equal(expected[counts])
 
 
+@pytest.mark.parametrize("num_negatives", [1, 10, 103])
+def test_negatives_by_popularity(known, num_negatives):
+    tables, settings = make_tables(4), NegativeSettings("popularity")
+    users = torch.arange(2 * NUM_USERS, device=DEVICE).int() % NUM_USERS
+    table = make_negatives(settings, make_batch(1009), tables, known).popularity
+    draw = {"key": KEY, "step": 7, "known_positives": known, "popularity": table, "first_position": 7}
+    negatives = negatives_triton.sample_negatives(users, num_negatives, NUM_ITEMS, **draw)
+    expected = negatives_reference.sample_negatives(users, num_negatives, NUM_ITEMS, **draw)
+    counts = (
+        torch.ones_like(users, dtype=torch.bool) if known is None else known.degrees[users.long()] < NUM_ITEMS
+    )
+    assert negatives[counts].equal(expected[counts])
+
+
 def test_a_search_in_long_rows_excludes_what_the_bitmap_does(monkeypatch):
     # Rows of 0 to 20,000 items, of which the longest are drawn from again and again.
     num_users, num_items = 999, 20_011
@@ -149,6 +163,25 @@ def test_gradients_of_other_sizes(count, loss, bias, deterministic):
 def test_gradients_of_each_loss(known, dim, similarity, loss):
     tables, batch = make_tables(dim), make_batch(1009)
     negatives = make_negatives(NegativeSettings(count=10), batch, tables, known)
+    check_gradients(tables, batch, negatives, replace(LOSSES[loss], similarity=similarity))
+
+
+@pytest.mark.parametrize("dim", [13, 64, 200])
+@pytest.mark.parametrize("similarity", ["dot", "cosine"])
+@pytest.mark.parametrize("loss", ["bpr", "softmax"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        NegativeSettings("popularity", count=10),
+        NegativeSettings(count=3, pool=21),
+        NegativeSettings("popularity", count=40, pool=103),
+    ],
+    ids=["popularity", "hard", "hard by popularity"],
+)
+def test_gradients_of_each_proposal(known, dim, similarity, loss, settings):
+    # So few positives that no logits are so near each other that float32 and float64 choose differently.
+    tables, batch = make_tables(dim), make_batch(211)
+    negatives = make_negatives(settings, batch, tables, known)
     check_gradients(tables, batch, negatives, replace(LOSSES[loss], similarity=similarity))
 
 

@@ -30,9 +30,12 @@ def make_batch(size):
 
 
 def make_known():
-    """User 0 has touched every item, user 1 all but one, user 6 none."""
+    """User 0 has touched every item, user 1 all but one, user 4 all but two that are rare, user 6 none.
+
+    Of those two the gap search and the popularity have different q.
+    """
     rows = [(0, i) for i in range(NUM_ITEMS)] + [(1, i) for i in range(NUM_ITEMS - 1)]
-    rows += [(2, 4), (3, 5), (4, 1), (4, 7), (5, 0)]
+    rows += [(2, 4), (3, 5), (5, 0)] + [(4, i) for i in range(NUM_ITEMS) if i not in (8, 10)]
     index = torch.tensor(rows, dtype=torch.int32)
     return KnownPositives.from_pairs(index[:, 0], index[:, 1], NUM_USERS, NUM_ITEMS)
 

@@ -1,7 +1,7 @@
 """The cases of every loss of `test_triton_interpreter`: run there, with TRITON_INTERPRET=1.
 
-The gradients of own negatives against float64 autograd of the contract, and whole steps of either dataflow
-against those of plain torch in float64.
+What `test_contract` leaves out: losses with cosine similarity, edges, sums in a fixed order, and whole steps
+of either dataflow against those of plain torch in float64.
 """
 
 import os
@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from step.large_programs import large_programs  # noqa: F401 - a fixture of every test
 from step.oracle import (
     KEY,
     NUM_ITEMS,
@@ -21,19 +22,23 @@ from step.oracle import (
     oracle,
 )
 
-from fasttower_kernels import triton_tiles
+from fasttower_kernels import membership
 from fasttower_kernels.negatives import Negatives
+from fasttower_kernels.negatives import reference as plain_draws
+from fasttower_kernels.negatives import triton_gpu as draws
 from fasttower_kernels.settings import LossSettings, NegativeSettings, StepSettings
+from fasttower_kernels.similarity import read_items, read_users
 from fasttower_kernels.step import TrainState, reference, triton_gpu
 from fasttower_kernels.step.gradients import reference as plain_gradients
 from fasttower_kernels.step.gradients import triton_gpu as gradients
 from fasttower_kernels.step.own_negatives import triton_gpu as own
-from fasttower_kernels.step.shared_negatives import triton_gpu as shared
 from fasttower_kernels.tables import Tables
+from fasttower_kernels.triton_launch import signed_word
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("TRITON_INTERPRET is not 1: run test_triton_interpreter.py", allow_module_level=True)
 
+TWO = NegativeSettings(count=2)
 L2 = {"user_l2": 0.3, "item_l2": 0.2, "bias_l2": 0.1}
 LOSSES = {
     "bce": LossSettings(**L2),
@@ -45,27 +50,6 @@ LOSSES = {
     "softmax": LossSettings("softmax", user_l2=0.1),
     "softmax, cosine": LossSettings("softmax", similarity="cosine", temperature=0.4, **L2),
 }
-SHAPES = [(3, 21, 5, True, True), (6, 9, 2, False, False)]  # dim, size, negatives, exclude, bias
-CASES = [
-    pytest.param(
-        loss,
-        *shape,
-        marks=() if shape == SHAPES[loss.is_cosine] else pytest.mark.slow,
-        id=f"{name}-{shape[0]}",
-    )
-    for name, loss in LOSSES.items()
-    for shape in SHAPES
-]
-
-
-@pytest.fixture(autouse=True)
-def _large_programs(monkeypatch):
-    """The interpreter's time goes by operations, not by elements."""
-    for block in triton_tiles.TILES:
-        monkeypatch.setitem(triton_tiles.TILES, block, triton_tiles.Tile(32, 1))
-    for tiles in shared.TILES, shared.SPLIT_TILES:
-        for block in tiles:
-            monkeypatch.setitem(tiles, block, shared.ProductTile(32, 32, 4))
 
 
 def error(result, right):
@@ -73,25 +57,92 @@ def error(result, right):
     return float((result.double() - right).norm() / right.norm().clamp_min(1e-300))
 
 
-@pytest.mark.parametrize(("loss", "dim", "size", "count", "exclude", "bias"), CASES)
-def test_gradients(loss, dim, size, count, exclude, bias):
-    tables, batch = make_tables(dim, scale=0.7, bias=bias), make_batch(size)
-    negatives = make_negatives(NegativeSettings(count=count), exclude=exclude)
+@pytest.mark.parametrize("name", ["gbce, cosine", "bpr, cosine"])
+def test_cosine(name):
+    tables, batch, negatives = make_tables(6, scale=0.7), make_batch(9), make_negatives(TWO, exclude=False)
     sums = tables.zeros_like()
-    value = gradients.add_gradients(tables, sums, batch, negatives, loss, key=KEY, step=STEP)
-    right_value, _, right = oracle(tables, batch, negatives, loss)
+    value = gradients.add_gradients(tables, sums, batch, negatives, LOSSES[name], key=KEY, step=STEP)
+    right_value, _, right = oracle(tables, batch, negatives, LOSSES[name])
     assert float(value) == pytest.approx(float(right_value), rel=1e-6)
     for result, expected in zip(sums, right, strict=True):
         assert error(result, expected) < 5e-7
         assert bool((result == 0)[expected == 0].all())
-    again = gradients.loss_sum(tables, batch, negatives, loss, key=KEY, step=STEP)
-    assert float(again) == pytest.approx(float(value), rel=1e-6)
 
 
-@pytest.mark.parametrize("loss", ["gbce", "bpr", "softmax"])
-def test_sums_in_a_fixed_order(loss):
+@pytest.mark.parametrize("known", [None, "bitmaps", "filters"])
+def test_draws_by_popularity(monkeypatch, known):
+    if known == "filters":
+        monkeypatch.setattr(draws, "BITMAP_LIMIT_BYTES", 0)
+        monkeypatch.setattr(membership, "BITMAP_WORDS_PER_FILTER_WORD", 0)
+    users = torch.arange(21, dtype=torch.int32) % NUM_USERS
+    negatives = make_negatives(NegativeSettings("popularity"), exclude=known is not None)
+    known = negatives.known_positives
+    call = {"known_positives": known, "popularity": negatives.popularity, "first_position": 11}
+    result = draws.sample_negatives(users, 6, NUM_ITEMS, key=KEY, step=2**32 - 1, **call)
+    right = plain_draws.draw(users, 6, NUM_ITEMS, key=KEY, step=2**32 - 1, **call)
+    counts = users < NUM_USERS if known is None else known.degrees[users.long()] < NUM_ITEMS
+    assert result[counts].equal(right.items[counts])
+    assert bool(right.by_rank[counts].any()) == (known is not None)
+
+
+@pytest.mark.parametrize("cosine", [False, True])
+def test_the_hardest_of_a_pool_are_kept(cosine):
+    """Of equal items, and of equal draws, the earlier."""
+    loss = LossSettings(similarity="cosine" if cosine else "dot")
+    tables = make_tables(4)
+    batch = replace(make_batch(30), user_index=torch.arange(30, dtype=torch.int32) % NUM_USERS)
+    tables.items[5] = tables.items[3]
+    tables.item_bias[5] = tables.item_bias[3]
+    settings = NegativeSettings("popularity", count=3, pool=9)
+    negatives = make_negatives(settings)
+    words = torch.tensor([*map(signed_word, KEY)] + [0] * 8, dtype=torch.int32)
+    launches = own.own_launches(
+        tables,
+        None,
+        batch,
+        negatives,
+        loss,
+        words=words,
+        counters=torch.tensor([STEP, 0]),
+        losses=torch.zeros(1, dtype=torch.float64),
+        output=own.Output.NOTHING,
+        batch_size=len(batch),
+        shuffle=False,
+    )
+    launches.choose()
+    kept = launches.step.arguments["kept_ptr"]
+    drawn = plain_draws.draw(
+        batch.user_index,
+        9,
+        NUM_ITEMS,
+        key=KEY,
+        step=STEP,
+        known_positives=negatives.known_positives,
+        popularity=negatives.popularity,
+    )
+    rows = read_items(tables.items[drawn.items], loss.norm_temperature)
+    users = read_users(tables.users[batch.user_index.long()], loss.norm_temperature)
+    logits = (rows * users[:, None]).sum(2) + tables.item_bias[drawn.items]
+    right = logits.sort(dim=1, descending=True, stable=True).indices[:, :3]
+    drawn = torch.where(drawn.by_rank, -1 - drawn.items, drawn.items)
+    counts = batch.user_index != 0  # user 0 has no negatives
+    expected = drawn.gather(1, right)[counts].sort(dim=1).values
+    assert kept[counts].long().sort(dim=1).values.equal(expected)
+    assert bool((expected < 0).any())
+
+
+@pytest.mark.parametrize(
+    ("loss", "negatives"),
+    [
+        ("gbce", NegativeSettings(count=5)),
+        ("bpr", NegativeSettings(count=2, pool=3)),
+        ("softmax", NegativeSettings("popularity", count=5)),
+    ],
+    ids=["gbce", "bpr, hard", "softmax, popularity"],
+)
+def test_sums_in_a_fixed_order(loss, negatives):
     tables, batch = make_tables(3, scale=0.7), make_batch(9)
-    negatives, sums = make_negatives(NegativeSettings(count=5)), tables.zeros_like()
+    negatives, sums = make_negatives(negatives), tables.zeros_like()
     call = (tables, sums, batch, negatives, LOSSES[loss])
     own.run_batch(*call, key=KEY, step=STEP, deterministic=True)
     for result, expected in zip(sums, oracle(tables, *call[2:])[2], strict=True):
@@ -131,6 +182,7 @@ def test_short_vectors_and_large_logits(similarity):
 SETTINGS = StepSettings(0.05, 10, 9, LossSettings("softmax", **L2), NegativeSettings(count=3))
 STEPS = {
     "own": SETTINGS,
+    "hard by popularity": replace(SETTINGS, negatives=NegativeSettings("popularity", count=2, pool=4)),
     "own, cosine, lazy": replace(SETTINGS, loss=LOSSES["softmax, cosine"], optimiser="lazy_adam"),
     "in-batch": replace(SETTINGS, negatives=NegativeSettings("in-batch", block_size=4)),
     "mixed": replace(SETTINGS, negatives=NegativeSettings("mixed", count=3, block_size=4)),

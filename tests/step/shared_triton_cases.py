@@ -1,4 +1,4 @@
-"""The cases of `test_shared_triton`'s interpreter: run there, with TRITON_INTERPRET=1.
+"""The cases of `test_triton_interpreter`: run there, with TRITON_INTERPRET=1.
 
 The oracle is the plain torch reference in float64, which `test_contract` holds against the contract. Tiles
 are of 32 rows and columns, so that lists and blocks take several, with a rest.
@@ -32,7 +32,7 @@ from fasttower_kernels.tables import Interactions, Tables
 from fasttower_kernels.triton_launch import signed_word
 
 if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("TRITON_INTERPRET is not 1: run test_shared_triton.py", allow_module_level=True)
+    pytest.skip("TRITON_INTERPRET is not 1: run test_triton_interpreter.py", allow_module_level=True)
 
 EDGE, CANARY = 64, 7.0
 LOSSES = {
@@ -239,10 +239,18 @@ def test_steps_of_a_shuffled_epoch():
         assert lists.items[1, 5 : 5 + len(picked[8:16])].equal(batch.item_index[8:16])
 
 
-def test_deterministic_steps_are_refused():
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"deterministic": True}, "with in-batch negatives do not repeat .* uniform or popularity"),
+        ({"optimiser": "lazy_adam"}, "whole tables where in-batch negatives .* optimiser auto or adam"),
+    ],
+    ids=["deterministic", "lazy"],
+)
+def test_steps_that_are_refused(settings, message):
     tables, negatives = make_tables(4), negatives_of(NEGATIVES["in-batch"], None)
-    settings = StepSettings(0.1, 5, 0, negatives=negatives.settings, deterministic=True)
-    with pytest.raises(FastTowerError, match="with in-batch negatives do not repeat"):
+    settings = StepSettings(0.1, 5, 0, negatives=negatives.settings, **settings)
+    with pytest.raises(FastTowerError, match=message):
         Steps(TrainState.start(tables), make_batch(5), negatives, settings)
 
 

@@ -1,4 +1,10 @@
-"""Every loss, proposal, similarity and backend against float64 autograd of the contract, written out."""
+"""Every loss, proposal, similarity and backend against float64 autograd of the contract, written out.
+
+Triton runs under its interpreter, in a process of its own: `test_triton_interpreter` runs this file there,
+with TRITON_INTERPRET=1.
+"""
+
+import os
 
 import pytest
 import torch
@@ -7,7 +13,14 @@ from step.oracle import KEY, STEP, make_batch, make_negatives, make_tables, orac
 from fasttower_kernels.settings import LossSettings, NegativeSettings
 from fasttower_kernels.step.gradients import numba_cpu, reference
 
-BACKENDS = {"torch": reference, "numba": numba_cpu}
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from step.large_programs import large_programs  # noqa: F401 - a fixture of every test
+
+    from fasttower_kernels.step.gradients import triton_gpu
+
+    BACKENDS = {"triton": triton_gpu}
+else:
+    BACKENDS = {"torch": reference, "numba": numba_cpu}
 
 LOSSES = {
     "bce": LossSettings(user_l2=0.3, item_l2=0.2, bias_l2=0.1),
@@ -44,11 +57,27 @@ PAIRS = [(loss, negatives) for loss in LOSSES for negatives in NEGATIVES if goes
 SHAPES = [(3, 40, True, True), (16, 21, False, False)]  # dim, size, exclude, bias
 
 
+# The interpreter redraws for seconds where users know nearly everything: each loss and each proposal once.
+EXCLUDED_IN_THE_INTERPRETER = {
+    ("bce", "uniform"),
+    ("bce, pairs", "hard"),
+    ("gbce", "hard"),
+    ("bpr", "popularity"),
+    ("softmax", "popularity"),
+    ("softmax, cosine", "hard by popularity"),
+    ("bce, cosine", "mixed"),
+}
+
+
 def quick(backend, loss, negatives, shape):
-    """Plain torch always; of the compiled code one shape for each loss and proposal, in turns.
+    """Plain torch always; of the other backends one shape for each loss and proposal, in turns.
 
     Lists of all kinds run the same code.
     """
+    if backend == "triton":
+        if negatives == "more than a chunk" and loss != "softmax":
+            return False  # only numba has chunks
+        return shape == SHAPES[(loss, negatives) not in EXCLUDED_IN_THE_INTERPRETER]
     turn = list(LOSSES).index(loss) + (NEGATIVES[negatives].proposal != "uniform")
     return backend == "torch" or shape == SHAPES[turn % 2]
 

@@ -295,16 +295,21 @@ def draw_again(
         attempt: uint32.
     """
     base = uint32(first) - uint32(1)  # of a slot's negative, with its row in the tile
+    # The positions are gathered first: the loop that draws then vectorises.
+    for i in range(count):
+        drawn[i] = positions[start + uint64(hits[i] & uint32(TILE - 1))]
     if attempt == uint32(ATTEMPTS):
         for i in range(count):
-            position = positions[start + uint64(hits[i] & uint32(TILE - 1))]
             k = uint32(base + hits[i] // uint32(TILE))
-            drawn[i] = _word(sampling, position, k * sampling.words, step, attempt)
+            drawn[i] = _word(sampling, drawn[i], k * sampling.words, step, attempt)
         return
     for i in range(count):
-        position = positions[start + uint64(hits[i] & uint32(TILE - 1))]
         k = uint32(base + hits[i] // uint32(TILE))
-        drawn[i] = drawn_item(proposal)(position, k, step, attempt, sampling)
+        drawn[i] = drawn_item(proposal)(drawn[i], k, step, attempt, sampling)
+
+
+# Of a sorted row that will be searched; few rows with a filter are longer.
+_FETCHED_ITEMS = 256
 
 
 @njit(**OPTIONS)
@@ -318,10 +323,10 @@ def fetch_hits(
         w = uint64(hits[i] & uint32(TILE - 1))
         word, _ = place(drawn[i], sizes[w], sizes[w] == bitmap_words)
         prefetch(bits, rows[w] + uint64(word), 1)
-        begin, end = items_row(uint64(users[start + w]), starts)
-        quarter = (end - begin) >> uint64(2)
-        for part in range(uint64(1), uint64(4)):
-            prefetch(known_items, begin + part * quarter, 1)
+        if sizes[w] != bitmap_words:
+            begin, end = items_row(uint64(users[start + w]), starts)
+            for p in range(begin, min(end, begin + uint64(_FETCHED_ITEMS)), uint64(16)):
+                prefetch(known_items, p, 1)
 
 
 @njit(**OPTIONS)

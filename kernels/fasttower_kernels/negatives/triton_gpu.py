@@ -1,5 +1,8 @@
 """The sampling rule in Triton, four negatives at a time: one call of Philox makes four words.
 
+By popularity four negatives take two calls, and each of them two loads more, of its cell's threshold and
+alias, both at once.
+
 Known positives are found by the bits of `membership`. All users have bitmaps as long as these leave room for
 the rest; beyond that, filters. A program waits for its trips to memory one after another, so their number
 counts. A bitmap answers in one trip, for four negatives at once: a sector of 32 bytes each, mostly from DRAM
@@ -12,7 +15,7 @@ shape the bitmaps, 2.8 MB, lie in the L2 cache anyway. This is arithmetic, not a
 """
 
 # Constants of a kernel are written in capitals, and arguments get their types when it is launched.
-# ruff: noqa: N803
+# ruff: noqa: N803, N806
 # Tuples grow by an element a lane, in loops that are unrolled.
 # mypy: disallow-untyped-defs=False, disable-error-code="assignment"
 
@@ -26,6 +29,7 @@ from torch import Tensor
 from fasttower_kernels.known_positives import KnownPositives
 from fasttower_kernels.membership import Layout, layout_of, place
 from fasttower_kernels.negatives.membership_triton_gpu import any_of, exclusion_rows, touched, untouched
+from fasttower_kernels.negatives.popularity import Popularity
 from fasttower_kernels.negatives.reference import ATTEMPTS
 from fasttower_kernels.philox import Key
 from fasttower_kernels.triton_launch import Launch, device_scope, signed_word
@@ -70,6 +74,13 @@ def exclusion_arguments(known_positives: KnownPositives | None) -> dict[str, obj
     return arguments
 
 
+def table_arguments(popularity: Popularity | None) -> dict[str, Tensor | None]:
+    """The kernel arguments that say what to draw by: None to draw uniformly."""
+    if popularity is None:
+        return {"threshold_ptr": None, "alias_ptr": None}
+    return {"threshold_ptr": popularity.threshold, "alias_ptr": popularity.alias}
+
+
 def exclusion_bytes(known_positives: KnownPositives) -> int:
     """The size of the bits and of their offsets, found without memory of the device."""
     rows = KnownPositives(
@@ -102,13 +113,25 @@ def build_bits(known_positives: KnownPositives, layout: Layout) -> Tensor:
 
 
 @triton.jit
-def _draws(position, quad, step, attempt, key_0, key_1, bound):
-    """Four int32 blocks in [0, bound), of one call of Philox."""
+def _draws(position, quad, step, attempt, key_0, key_1, bound, wanted, table, WORDS: tl.constexpr):
+    """Four int32 blocks in [0, bound), of WORDS calls of Philox; with a table, the cells' items.
+
+    What is not wanted of a table is item 0.
+    """
     zero = position * 0
-    words = tl.philox_impl(position, zero + quad, zero + step, zero + attempt, key_0, key_1)
+    words = ()
+    for call in tl.static_range(WORDS):
+        some = tl.philox_impl(position, zero + quad * WORDS + call, zero + step, zero + attempt, key_0, key_1)
+        for lane in tl.static_range(4):
+            words += (some[lane],)
     draws = ()
     for lane in tl.static_range(4):
-        draws += (tl.umulhi(words[lane], bound.to(tl.uint32)).to(tl.int32),)
+        draw = tl.umulhi(words[WORDS * lane], bound.to(tl.uint32)).to(tl.int32)
+        if len(table) > 0:
+            threshold = tl.load(table[0] + draw, mask=wanted[lane], other=0).to(tl.uint32, bitcast=True)
+            alias = tl.load(table[1] + draw, mask=wanted[lane], other=0)
+            draw = tl.where(words[WORDS * lane + 1] < threshold, draw, alias)
+        draws += (draw,)
     return draws
 
 
@@ -121,7 +144,7 @@ def _chosen(flags, these, others):
 
 
 @triton.jit
-def draw_quad(position, quad, step, key_0, key_1, num_items, num_negatives, wanted, known):
+def draw_quad(position, quad, step, key_0, key_1, num_items, num_negatives, wanted, known, table):
     """Negatives ``4 * quad`` to ``4 * quad + 3`` of a block of positives.
 
     Args:
@@ -134,28 +157,40 @@ def draw_quad(position, quad, step, key_0, key_1, num_items, num_negatives, want
         num_negatives: int32 scalar, N.
         wanted: int1 block: which positives need negatives; their users have free items.
         known: of `exclusion_rows`; () to leave nothing out.
+        table: threshold_ptr and alias_ptr of a `Popularity`; () to draw uniformly.
 
     Returns:
-        Four int32 blocks. What lies beyond N, or is not wanted, is some item in [0, I).
+        Four int32 blocks. What lies beyond N, or is not wanted, is some item in [0, I). With a table, four
+        int1 blocks more: which came from the gap search, uniform whatever the table.
     """
-    items = _draws(position, quad, step, 0, key_0, key_1, num_items)
+    WORDS: tl.constexpr = 1 if len(table) == 0 else 2
+    again = ()
+    for lane in tl.static_range(4):
+        again += (wanted & (num_items * 0 + quad * 4 + lane < num_negatives),)
+    by_rank = ()
+    if len(table) > 0:
+        for _ in tl.static_range(4):
+            by_rank += (num_items < 0,)
+    items = _draws(position, quad, step, 0, key_0, key_1, num_items, again, table, WORDS)
     if len(known) > 0:
-        again = ()
-        for lane in tl.static_range(4):
-            again += (wanted & (num_items * 0 + quad * 4 + lane < num_negatives),)
         again = touched(items, again, known)
         pending = any_of(again)
         attempt = pending * 0 + 1
         while (pending > 0) & (attempt < _ATTEMPTS):
-            drawn = _draws(position, quad, step, attempt.to(tl.uint32), key_0, key_1, num_items)
+            drawn = _draws(
+                position, quad, step, attempt.to(tl.uint32), key_0, key_1, num_items, again, table, WORDS
+            )
             items = _chosen(again, drawn, items)
             again = touched(items, again, known)
             pending = any_of(again)
             attempt += 1
         if pending > 0:
-            ranks = _draws(position, quad, step, _ATTEMPTS, key_0, key_1, num_items - known[1])
+            free = num_items - known[1]
+            ranks = _draws(position, quad, step, _ATTEMPTS, key_0, key_1, free, again, (), WORDS)
             items = _chosen(again, untouched(ranks, again, known), items)
-    return items
+            if len(table) > 0:
+                by_rank = again
+    return items + by_rank
 
 
 @triton.jit(do_not_specialize=["count", "num_items", "num_negatives", "first_position", "step"])
@@ -167,6 +202,8 @@ def negatives_kernel(
     known_items_ptr,
     bit_offsets_ptr,
     bits_ptr,
+    threshold_ptr,
+    alias_ptr,
     count,
     num_items,
     num_negatives,
@@ -183,12 +220,24 @@ def negatives_kernel(
     if indptr_ptr is not None:
         known = exclusion_rows(user, mask, num_items, indptr_ptr, known_items_ptr, bit_offsets_ptr, bits_ptr)
         wanted = mask & (known[1] < num_items)
+    table = ()
+    if threshold_ptr is not None:
+        table = (threshold_ptr, alias_ptr)
     key_0 = tl.load(words_ptr).to(tl.uint32, bitcast=True)
     key_1 = tl.load(words_ptr + 1).to(tl.uint32, bitcast=True)
     position = (b + first_position).to(tl.uint32)
     for quad in range((num_negatives + 3) // 4):
         items = draw_quad(
-            position, quad, step.to(tl.uint32), key_0, key_1, b * 0 + num_items, num_negatives, wanted, known
+            position,
+            quad,
+            step.to(tl.uint32),
+            key_0,
+            key_1,
+            b * 0 + num_items,
+            num_negatives,
+            wanted,
+            known,
+            table,
         )
         for lane in tl.static_range(4):
             k = b * 0 + quad * 4 + lane
@@ -204,6 +253,7 @@ def sample_negatives(
     key: Key,
     step: int,
     known_positives: KnownPositives | None = None,
+    popularity: Popularity | None = None,
     first_position: int = 0,
 ) -> Tensor:
     """See the reference's `sample_negatives`: the same negatives, bit for bit."""
@@ -216,6 +266,7 @@ def sample_negatives(
             "negatives_ptr": negatives,
             "words_ptr": torch.tensor([*map(signed_word, key)], dtype=torch.int32, device=user_index.device),
             **exclusion_arguments(known_positives),
+            **table_arguments(popularity),
             "count": len(user_index),
             "num_items": num_items,
             "num_negatives": num_negatives,

@@ -24,7 +24,7 @@ kernel, a word instead of a row.
 # Constants of a kernel are written in capitals, and arguments get their types when it is launched.
 # What is None is decided when a kernel is compiled, and gets a condition of its own: SIM102.
 # ruff: noqa: N803, N806, SIM102
-# mypy: disallow-untyped-defs=False
+# mypy: disallow-untyped-defs=False, disable-error-code="assignment"
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _claim(stamps_ptr, rows, asking, now):
         "steps",
         "bits",
         "num_items",
-        "num_negatives",
+        "num_drawn",
     ]
 )
 def lazy_update_kernel(
@@ -103,6 +103,8 @@ def lazy_update_kernel(
     known_items_ptr,
     bit_offsets_ptr,
     bits_ptr,
+    threshold_ptr,
+    alias_ptr,
     words_ptr,
     counters_ptr,
     user_groups,
@@ -112,7 +114,7 @@ def lazy_update_kernel(
     steps,
     bits,
     num_items,
-    num_negatives,
+    num_drawn,
     WIDTH: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -151,6 +153,8 @@ def lazy_update_kernel(
         known_items_ptr: of the exclusion.
         bit_offsets_ptr: of the exclusion.
         bits_ptr: of the exclusion.
+        threshold_ptr: of the draws.
+        alias_ptr: of the draws.
         words_ptr: keys.
         counters_ptr: (2,), int64: t, which this kernel sets to the next step, and the count of steps, which
             it reads.
@@ -161,7 +165,7 @@ def lazy_update_kernel(
         steps: ceil(n / B).
         bits: of the shuffle.
         num_items: I.
-        num_negatives: N.
+        num_drawn: negatives that are drawn per positive, those of a pool that are not kept among them.
         WIDTH: the padded width of a row.
         BLOCK_D: the power of two from it.
         BLOCK_B: positives per program.
@@ -173,7 +177,7 @@ def lazy_update_kernel(
     blocks = (batch_size + BLOCK_B - 1) // BLOCK_B
     lazy_programs = blocks
     if item_stamps_ptr is not None:
-        lazy_programs += (num_negatives + 3) // 4 * blocks
+        lazy_programs += (num_drawn + 3) // 4 * blocks
     if program < lazy_programs:
         # After the last step of an epoch, this is the first batch again, in the order that is over: rows
         # that are brought up to date for nobody.
@@ -229,22 +233,26 @@ def lazy_update_kernel(
                 live, known = batch_exclusion(
                     there, user_index, num_items, indptr_ptr, known_items_ptr, bit_offsets_ptr, bits_ptr
                 )
-                item_0, item_1, item_2, item_3 = draw_quad(
+                table = ()
+                if threshold_ptr is not None:
+                    table = (threshold_ptr, alias_ptr)
+                drawn = draw_quad(
                     b.to(tl.uint32),
                     quad,
                     count.to(tl.uint32),
                     tl.load(words_ptr).to(tl.uint32, bitcast=True),
                     tl.load(words_ptr + 1).to(tl.uint32, bitcast=True),
                     b * 0 + num_items,
-                    num_negatives,
+                    num_drawn,
                     live,
                     known,
+                    table,
                 )
-                item_rows = tl.where(column == 0, item_0[:, None], item_1[:, None])
-                item_rows = tl.where(column == 2, item_2[:, None], item_rows)
-                item_rows = tl.where(column == 3, item_3[:, None], item_rows)  # [BLOCK_B, COLUMNS]
+                item_rows = tl.where(column == 0, drawn[0][:, None], drawn[1][:, None])
+                item_rows = tl.where(column == 2, drawn[2][:, None], item_rows)
+                item_rows = tl.where(column == 3, drawn[3][:, None], item_rows)  # [BLOCK_B, COLUMNS]
                 wanted = live
-                items = tl.minimum(num_negatives - 4 * quad, 4)
+                items = tl.minimum(num_drawn - 4 * quad, 4)
             # One exchange for all of them, whose answers are waited for once.
             stamps = _claim(item_stamps_ptr, item_rows, wanted[:, None] & (column < items), now)
             for i in range(items):
@@ -352,7 +360,7 @@ def lazy_launches(
     # Like the kernel of whole tables: 8 elements per thread, 4 where they are rounded.
     block = (8 if rounded is None else ROW_ALIGNMENT) * (lanes or warp_lanes()) * bce.num_warps
     whole = ([] if lazy.users else [parameters.users]) + ([] if lazy.items else [*parameters][1:])
-    parts = 1 + (triton.cdiv(bce.arguments["num_negatives"], 4) if lazy.items else 0)
+    parts = 1 + (triton.cdiv(bce.arguments["num_drawn"], 4) if lazy.items else 0)
     # Both have tables; the fused kernel's may be the rounded ones.
     shared = {
         **bce.arguments,

@@ -11,6 +11,8 @@ writes beside it, and a call begins with making it anew. Of a vector the fused k
 bytes, 8 per thread up to 128 dimensions, so that a thread has the elements whose gradients it adds, and 16
 from 129 on (where the padded width is a multiple of 8). Adam moves 34 bytes per parameter instead of 32.
 
+Hard negatives are chosen in a launch before the fused kernel, which writes (B, N) item numbers.
+
 Deterministic steps put a sort and a reduction in a fixed order in the place of the atomics. They are slower,
 and hold the (B, N + 1) items and coefficients of a batch.
 """
@@ -28,18 +30,19 @@ from fasttower_kernels.negatives.proposal import Negatives
 from fasttower_kernels.negatives.reference import list_key
 from fasttower_kernels.negatives.triton_gpu import exclusion_bytes
 from fasttower_kernels.philox import seed_key
-from fasttower_kernels.settings import StepSettings
+from fasttower_kernels.settings import StepSettings, check_on_gpu
 from fasttower_kernels.shuffle import epoch_key
 from fasttower_kernels.shuffle.triton_gpu import signed_round_keys
 from fasttower_kernels.step.device_memory import listed, resident_bytes
 from fasttower_kernels.step.lazy_triton_gpu import LazyLaunches, lazy_launches
 from fasttower_kernels.step.own_negatives import triton_gpu as own_negatives
-from fasttower_kernels.step.own_negatives.triton_gpu import Output, PairBuffers, add_pair_gradients
+from fasttower_kernels.step.own_negatives.pairs_triton_gpu import PairBuffers, add_pair_gradients
+from fasttower_kernels.step.own_negatives.triton_gpu import Output
 from fasttower_kernels.step.segments_triton_gpu import CHUNK
 from fasttower_kernels.step.shared_negatives import triton_gpu as shared_negatives
 from fasttower_kernels.step.state import TrainState, steps_per_epoch
 from fasttower_kernels.tables import Interactions, Tables
-from fasttower_kernels.triton_launch import Launch, device_scope, signed_word
+from fasttower_kernels.triton_launch import device_scope, signed_word
 from fasttower_kernels.triton_tiles import warp_lanes
 
 STEPS_PER_GRAPH = 32
@@ -72,6 +75,9 @@ class Steps:
         *,
         graphs: bool = True,
     ) -> None:
+        check_on_gpu(
+            settings.loss, settings.negatives, settings.optimiser, deterministic=settings.deterministic
+        )
         self.negatives = negatives
         self.settings = settings
         self.interactions = interactions
@@ -101,7 +107,7 @@ class Steps:
             PairBuffers.empty(self.batch_size, count, self.device) if settings.deterministic else None
         )
         self.lazy: LazyLaunches | None = None
-        self.batch: Launch | shared_negatives.SharedLaunches
+        self.batch: own_negatives.OwnLaunches | shared_negatives.SharedLaunches
         shared: dict[str, Any] = {
             "words": self.words,
             "counters": self.counters,
@@ -110,11 +116,6 @@ class Steps:
         }
         arrays = self.read, self.gradients, self.interactions, self.negatives, loss
         if settings.negatives.is_shared:
-            if settings.deterministic:
-                raise FastTowerError(
-                    f"on a GPU, steps with {settings.negatives.proposal} negatives do not repeat bit for "
-                    "bit; choose uniform negatives, device cpu, or deterministic off."
-                )
             block_size = settings.negatives.block_size
             programs = shared_negatives.num_programs(self.read.users, self.batch_size, block_size)
             self.losses = torch.empty(programs, dtype=torch.float64, device=self.device)
@@ -122,7 +123,7 @@ class Steps:
         else:
             programs = own_negatives.num_programs(self.batch_size, width, warp_lanes())
             self.losses = torch.empty(programs, dtype=torch.float64, device=self.device)
-            own = own_negatives.own_launch(
+            own = own_negatives.own_launches(
                 *arrays,
                 losses=self.losses,
                 output=Output.PAIRS if settings.deterministic else Output.GRADIENTS,
@@ -132,7 +133,7 @@ class Steps:
             self.batch = own
             lazy = settings.lazy_tables(num_users, len(self.parameters.items), width)
             if any(lazy):
-                self.lazy = lazy_launches(state, own, self.rates, lazy, rounded=self.rounded)
+                self.lazy = lazy_launches(state, own.step, self.rates, lazy, rounded=self.rounded)
         if self.lazy is not None:
             self.update = self.lazy.update
         else:
@@ -188,6 +189,8 @@ class Steps:
             bits=0 if known is None else exclusion_bytes(known),
             table_dtype=settings.table_dtype,
         )
+        if settings.negatives.pool:
+            sizes["hard negatives of a batch"] = 4 * settings.batch_size * settings.negatives.count
         if settings.deterministic:
             pairs = settings.batch_size * (1 + settings.negatives.count)
             # Items and coefficients, what the sort makes of them (keys, order and as much to work in), and

@@ -47,6 +47,12 @@ class Ahead(NamedTuple):
 
 
 @njit(**_OPTIONS)
+def _prefetch_item(item_table: Array, item: int, width: int) -> None:
+    if width > 16:  # rows of one cache line come as quickly as they are asked for
+        prefetch(item_table, item * uint64(width), width)
+
+
+@njit(**_OPTIONS)
 def _score_by_dot(
     x: Array,
     norms: Array,
@@ -64,7 +70,9 @@ def _score_by_dot(
     exclude: bool,
     exact: bool,
 ) -> None:
-    """Logits by dot product; in between it asks for the bits of the draws to come.
+    """Logits by dot product.
+
+    In between it asks for the item rows two positives ahead, and for the bits of the draws to come.
 
     Args:
         x: (rows * TILE,), float32.
@@ -94,7 +102,9 @@ def _score_by_dot(
             # Where the bits of the draws after those are.
             prefetch(starts, uint64(2) * uint64(coming_users[w]), 4)
         u = load_row(user_table, uint64(rows[start + w]), width)
+        soon = min(w + uint64(2), tile - uint64(1))
         for k in range(begin, end):
+            _prefetch_item(item_table, uint64(items[k * tile + soon]), width)
             item = uint64(items[k * tile + w])
             logit = dot(u, load_row(item_table, item, width))
             if has_bias:
@@ -132,8 +142,10 @@ def _score_by_cosine(
             prefetch(starts, uint64(2) * uint64(coming_users[w]), 4)
         u = load_row(user_table, uint64(rows[start + w]), width)
         u = scaled(inverse_norm(u) / temperature, u)
+        soon = min(w + uint64(2), tile - uint64(1))
         for k in range(begin, end):
             slot = k * tile + w
+            _prefetch_item(item_table, uint64(items[k * tile + soon]), width)
             item = uint64(items[slot])
             v = load_row(item_table, item, width)
             inverse = inverse_norm(v)

@@ -2,7 +2,8 @@
 
 A program takes a few positives, a warp wide, and holds their user vectors in registers. It draws the
 negatives four at a time, reads each item vector once, and adds to the gradients with vector reductions that
-the L2 cache carries out. Nothing of the size (B, N + 1) is ever in memory.
+the L2 cache carries out. Nothing of the size (B, N + 1) is ever in memory, but for the items of hard
+negatives, which `hard_triton_gpu` chooses in a launch before.
 
 Popular items: negatives are uniform, so only the positives, one pair in N + 1, follow the skew of the data.
 A row that is in many pairs of a batch gets its reductions one after another. For MovieLens 20M's most
@@ -30,16 +31,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fasttower_kernels.errors import FastTowerError
 from fasttower_kernels.losses.triton_gpu import NORMALISED, POSITIVE_LAST, negative, positive
 from fasttower_kernels.negatives.proposal import Negatives
-from fasttower_kernels.negatives.triton_gpu import draw_quad, exclusion_arguments
+from fasttower_kernels.negatives.triton_gpu import draw_quad, exclusion_arguments, table_arguments
 from fasttower_kernels.philox import Key
-from fasttower_kernels.settings import LossSettings, NegativeSettings
+from fasttower_kernels.settings import LossSettings, check_on_gpu
 from fasttower_kernels.shuffle.triton_gpu import row_bits
-from fasttower_kernels.similarity import LEAST_NORM
 from fasttower_kernels.step.batch_triton_gpu import batch_exclusion, batch_positives
-from fasttower_kernels.step.segments_triton_gpu import reduce_pairs
+from fasttower_kernels.step.own_negatives.hard_triton_gpu import hard_launch, kept_quad
+from fasttower_kernels.step.own_negatives.pairs_triton_gpu import PairBuffers, add_pair_gradients
+from fasttower_kernels.step.own_negatives.scores_triton_gpu import (
+    load_items,
+    load_users,
+    rows,
+    score,
+)
 from fasttower_kernels.tables import Interactions, Tables
 from fasttower_kernels.triton_launch import Launch, device_scope, signed_word
 from fasttower_kernels.triton_tiles import tile_of, warp_lanes
@@ -56,49 +62,26 @@ class Output(IntEnum):
 _NOTHING = tl.constexpr(int(Output.NOTHING))
 _GRADIENTS = tl.constexpr(int(Output.GRADIENTS))
 _PAIRS = tl.constexpr(int(Output.PAIRS))
-_LEAST_NORM = tl.constexpr(LEAST_NORM)
 
 
 @triton.jit
-def _rows(index, live, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Offsets of some rows in a table [R, BLOCK_D], int64, and which of their elements there are."""
-    d = tl.arange(0, BLOCK_D)
-    return index[:, None] * WIDTH + d[None, :], live[:, None] & (d < WIDTH)[None, :]
+def _quad(kept_ptr, b, position, quad, step, key_0, key_1, num_items, num_negatives, live, known, table):
+    """Four negatives of a block of positives, kept or drawn; see `draw_quad`."""
+    if kept_ptr is not None:
+        drawn = kept_quad(kept_ptr, b, quad, num_negatives, live)
+    else:
+        drawn = draw_quad(position, quad, step, key_0, key_1, num_items, num_negatives, live, known, table)
+    return drawn
 
 
 @triton.jit
-def _load_items(items_ptr, bias_ptr, item_index, live, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The rows of some items [R, BLOCK_D] in float32, and their biases [R]; 0 without biases."""
-    offsets, mask = _rows(item_index, live, WIDTH, BLOCK_D)
-    item = tl.load(items_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    bias = 0.0
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + item_index, mask=live, other=0.0)
-    return item, bias
-
-
-@triton.jit
-def _inverse_norm(vectors):
-    """1 / |v| of rows [R, BLOCK_D], a norm below LEAST_NORM counting as this; and 0 for those, else 1."""
-    square = tl.sum(vectors * vectors, axis=1)
-    large = square > _LEAST_NORM * _LEAST_NORM
-    inverse = 1.0 / tl.where(large, tl.sqrt(square), _LEAST_NORM)
-    return inverse, tl.where(large, 1.0, 0.0)
-
-
-@triton.jit
-def _score(user, item, COSINE: tl.constexpr):
-    """Inner products of users, as they are read, and raw items; with cosine also what normalises an item.
-
-    Returns:
-        [R]: the logit without bias, the inverse norm of the item, and whether gradients pass through it.
-    """
-    inverse, passes = 1.0, 1.0
-    logit = tl.sum(user * item, axis=1)
-    if COSINE:
-        inverse, passes = _inverse_norm(item)
-        logit *= inverse
-    return logit, inverse, passes
+def _log_q(drawn, lane: tl.constexpr, counted, uniform, log_drawn, log_p_ptr):
+    """Log q of a lane of `_quad`; ``log_drawn`` is the log of the number drawn over the mass that is free."""
+    log_q = uniform
+    if log_p_ptr is not None:
+        by_popularity = tl.load(log_p_ptr + drawn[lane], mask=counted, other=0.0) + log_drawn
+        log_q = tl.where(drawn[4 + lane], uniform, by_popularity)
+    return log_q
 
 
 @triton.jit
@@ -120,7 +103,7 @@ def _add_item_gradients(
     BLOCK_D: tl.constexpr,
 ):
     """Add what a pair gives to its item and the item's bias; ``scored`` is what `_score` gave."""
-    offsets, mask = _rows(item_index, live, WIDTH, BLOCK_D)
+    offsets, mask = rows(item_index, live, WIDTH, BLOCK_D)
     own = item_l2
     if COSINE:
         # ``r (g u - <g u, v r> v r)``: the logit is <u, v r>.
@@ -152,6 +135,7 @@ def _add_item_gradients(
         "num_users",
         "num_items",
         "num_negatives",
+        "num_drawn",
     ]
 )
 def own_negatives_kernel(
@@ -170,6 +154,11 @@ def own_negatives_kernel(
     known_items_ptr,
     bit_offsets_ptr,
     bits_ptr,
+    threshold_ptr,
+    alias_ptr,
+    log_p_ptr,
+    log_free_mass_ptr,
+    kept_ptr,
     words_ptr,
     counters_ptr,
     losses_ptr,
@@ -181,6 +170,7 @@ def own_negatives_kernel(
     num_users,
     num_items,
     num_negatives,
+    num_drawn,
     pairs,
     temperature,
     calibration,
@@ -216,6 +206,11 @@ def own_negatives_kernel(
         known_items_ptr: the items.
         bit_offsets_ptr: where rows of bits begin.
         bits_ptr: their words.
+        threshold_ptr: (I,), int32, of a `Popularity`; None, like the next three, to draw uniformly.
+        alias_ptr: (I,), int32.
+        log_p_ptr: (I,), float32; None, like the next, for a loss that does not read log q too.
+        log_free_mass_ptr: (U,), float32.
+        kept_ptr: (B, N), int32, of `hard_kernel`; None to draw.
         words_ptr: (10,), int32: the key of the negatives, and the 8 round keys of the order.
         counters_ptr: (2,), int64: t, which this kernel reads, and Adam's count, which it sets to t + 1. No
             program may write what others still read, so each kernel advances the counter of the other one.
@@ -228,6 +223,7 @@ def own_negatives_kernel(
         num_users: U.
         num_items: I.
         num_negatives: N.
+        num_drawn: N, or M of which N are kept.
         pairs: terms of the loss that a positive is divided by.
         temperature: of cosine similarity; None for the dot product.
         calibration: of gbce.
@@ -264,19 +260,18 @@ def own_negatives_kernel(
         there, user_index, num_items, indptr_ptr, known_items_ptr, bit_offsets_ptr, bits_ptr
     )
     catalogue = b * 0 + num_items
+    table = ()
+    if threshold_ptr is not None:
+        table = (threshold_ptr, alias_ptr)
+    log_free_mass = 0.0
+    if log_p_ptr is not None:
+        log_free_mass = tl.load(log_free_mass_ptr + user_index, mask=live, other=0.0)
     if GATHERED:
         user_index = b.to(tl.int64)
 
     COSINE: tl.constexpr = temperature is not None
-    user_offsets, user_mask = _rows(user_index, live, WIDTH, BLOCK_D)
-    raw = tl.load(users_ptr + user_offsets, mask=user_mask, other=0.0).to(tl.float32)
-    user = raw
-    of_user, user_passes = 1.0, 1.0
-    if COSINE:
-        of_user, user_passes = _inverse_norm(raw)
-        of_user /= temperature
-        user = of_user[:, None] * raw
-    item, bias = _load_items(items_ptr, bias_ptr, item_index, live, WIDTH, BLOCK_D)
+    user, raw, of_user, user_passes = load_users(users_ptr, user_index, live, temperature, WIDTH, BLOCK_D)
+    item, bias = load_items(items_ptr, bias_ptr, item_index, live, WIDTH, BLOCK_D)
 
     scale = 1.0 / (length.to(tl.float32) * pairs)
     HAS_L2: tl.constexpr = item_l2 is not None
@@ -296,24 +291,39 @@ def own_negatives_kernel(
     key_0 = tl.load(words_ptr).to(tl.uint32, bitcast=True)
     key_1 = tl.load(words_ptr + 1).to(tl.uint32, bitcast=True)
     position = (b + first_position).to(tl.uint32)
-    scored = _score(user, item, COSINE)
+    scored = score(user, item, COSINE)
     p = scored[0] + bias
     z = p * 0.0
     log_q = z
+    log_drawn = 0.0
+    if log_p_ptr is not None:
+        log_drawn = tl.log(z + num_drawn) - log_free_mass
     if NORMALISED:
-        log_q = tl.log(num_negatives / free)
+        log_q = tl.log(num_drawn / free)
         largest = p
         total = z + 1.0
         for quad in range((num_negatives + 3) // 4):
-            drawn = draw_quad(
-                position, quad, step.to(tl.uint32), key_0, key_1, catalogue, num_negatives, live, known
+            drawn = _quad(
+                kept_ptr,
+                b,
+                position,
+                quad,
+                step.to(tl.uint32),
+                key_0,
+                key_1,
+                catalogue,
+                num_negatives,
+                live,
+                known,
+                table,
             )
             for lane in tl.static_range(4):
                 counted = live & (b * 0 + quad * 4 + lane < num_negatives)
-                other, other_bias = _load_items(
+                other, other_bias = load_items(
                     items_ptr, bias_ptr, drawn[lane].to(tl.int64), counted, WIDTH, BLOCK_D
                 )
-                x = _score(user, other, COSINE)[0] + other_bias - log_q
+                x = score(user, other, COSINE)[0] + other_bias
+                x -= _log_q(drawn, lane, counted, log_q, log_drawn, log_p_ptr)
                 x = tl.where(counted, x, -float("inf"))
                 before = largest
                 largest = tl.maximum(largest, x)
@@ -321,7 +331,8 @@ def own_negatives_kernel(
         z = largest + tl.log(total)
 
     # Rows that a thread has registers for.
-    AHEAD: tl.constexpr = 2 if (BLOCK_D > 128 or (COSINE and NORMALISED)) else 4
+    READS_MORE: tl.constexpr = COSINE or (log_p_ptr is not None)
+    AHEAD: tl.constexpr = 2 if (BLOCK_D > 128 or (NORMALISED and READS_MORE)) else 4
     loss = p * 0.0
     slopes = p * 0.0
     gradient = tl.zeros_like(raw)
@@ -353,8 +364,19 @@ def own_negatives_kernel(
             tl.store(pair_coefficients_ptr + place, tl.where(live, coefficient, 0.0), mask=there)
 
     for quad in range((num_negatives + 3) // 4):
-        drawn = draw_quad(
-            position, quad, step.to(tl.uint32), key_0, key_1, catalogue, num_negatives, live, known
+        drawn = _quad(
+            kept_ptr,
+            b,
+            position,
+            quad,
+            step.to(tl.uint32),
+            key_0,
+            key_1,
+            catalogue,
+            num_negatives,
+            live,
+            known,
+            table,
         )
         product = tl.full(loss.shape, 1.0, tl.float32)
         for first in tl.static_range(0, 4, AHEAD):
@@ -362,24 +384,22 @@ def own_negatives_kernel(
             # may lie where a row does, and each row would wait for the addition before it.
             items = ()
             biases = ()
+            logs = ()
             for ahead in tl.static_range(AHEAD):
-                other, other_bias = _load_items(
-                    items_ptr,
-                    bias_ptr,
-                    drawn[first + ahead].to(tl.int64),
-                    live & (b * 0 + quad * 4 + first + ahead < num_negatives),
-                    WIDTH,
-                    BLOCK_D,
+                counted = live & (b * 0 + quad * 4 + first + ahead < num_negatives)
+                other, other_bias = load_items(
+                    items_ptr, bias_ptr, drawn[first + ahead].to(tl.int64), counted, WIDTH, BLOCK_D
                 )
                 items += (other,)
                 biases += (other_bias,)
+                logs += (_log_q(drawn, first + ahead, counted, log_q, log_drawn, log_p_ptr),)
             for ahead in tl.static_range(AHEAD):
                 k = b * 0 + quad * 4 + first + ahead
                 inside = k < num_negatives
                 counted = live & inside
                 other = items[ahead]
-                pair = _score(user, other, COSINE)
-                linear, factor, slope = negative(pair[0] + biases[ahead] - log_q, p, z, LOSS)
+                pair = score(user, other, COSINE)
+                linear, factor, slope = negative(pair[0] + biases[ahead] - logs[ahead], p, z, LOSS)
                 loss += tl.where(counted, linear, 0.0)
                 product *= tl.where(counted, factor, 1.0)
                 slope = tl.where(counted, slope, 0.0)
@@ -419,8 +439,8 @@ def own_negatives_kernel(
         loss += linear + tl.log(factor)
         coefficient = slope * scale
         # Read again: to keep it would cost registers in the loop.
-        item, bias = _load_items(items_ptr, bias_ptr, item_index, live, WIDTH, BLOCK_D)
-        scored = _score(user, item, COSINE)
+        item, bias = load_items(items_ptr, bias_ptr, item_index, live, WIDTH, BLOCK_D)
+        scored = score(user, item, COSINE)
         gradient += (coefficient * scored[1])[:, None] * item
         if OUTPUT == _GRADIENTS:
             _add_item_gradients(
@@ -455,11 +475,30 @@ def own_negatives_kernel(
             gradient = of_user[:, None] * (gradient - along[:, None] * user)
         if HAS_L2:
             gradient += (user_l2 * scale) * raw
-        tl.atomic_add(user_gradients_ptr + user_offsets, gradient, mask=user_mask, sem="relaxed")
+        offsets, mask = rows(user_index, live, WIDTH, BLOCK_D)
+        tl.atomic_add(user_gradients_ptr + offsets, gradient, mask=mask, sem="relaxed")
     slot = losses_ptr + program
     tl.store(slot, tl.load(slot) + tl.sum(tl.where(live, loss, 0.0), axis=0).to(tl.float64))
     if program == 0:
         tl.store(counters_ptr + 1, step + 1)
+
+
+class OwnLaunches(NamedTuple):
+    """A step's launches, in their order.
+
+    Attributes:
+        choose: of hard negatives writes those that are kept; None where all are.
+        step: the fused kernel.
+    """
+
+    choose: Launch | None
+    step: Launch
+
+    def __call__(self) -> None:
+        """Put the launches on the current stream."""
+        if self.choose is not None:
+            self.choose()
+        self.step()
 
 
 def num_programs(batch_size: int, width: int, lanes: int) -> int:
@@ -467,27 +506,7 @@ def num_programs(batch_size: int, width: int, lanes: int) -> int:
     return triton.cdiv(batch_size, tile_of(width, lanes)[1].rows)
 
 
-def check_settings(negatives: NegativeSettings, loss: LossSettings, *, deterministic: bool) -> None:
-    """Check that the kernel can do what is asked.
-
-    Raises:
-        FastTowerError: it cannot; the message says what can.
-    """
-    if negatives.proposal == "popularity" or negatives.pool:
-        found = "hard negatives (a pool)" if negatives.pool else "popularity negatives"
-        raise FastTowerError(
-            f"backend triton does not draw {found} yet; choose uniform, shared, in-batch or mixed negatives, "
-            "backend torch, or device cpu."
-        )
-    if deterministic and (loss.is_cosine or loss.bias_l2):
-        found = "cosine similarity" if loss.is_cosine else "an L2 of the item biases"
-        raise FastTowerError(
-            f"on a GPU, runs with {found} do not repeat bit for bit; choose the dot product without it, "
-            "device cpu, or deterministic off."
-        )
-
-
-def own_launch(
+def own_launches(
     parameters: Tables,
     gradients: Tables | None,
     interactions: Interactions,
@@ -503,13 +522,17 @@ def own_launch(
     gathered: bool = False,
     pair_buffers: PairBuffers | None = None,
     lanes: int | None = None,
-) -> Launch:
-    """The fused kernel with its arguments; see `own_negatives_kernel`."""
-    check_settings(negatives.settings, loss, deterministic=output is Output.PAIRS)
+) -> OwnLaunches:
+    """The launches of a step with their arguments; see `own_negatives_kernel`."""
+    check_on_gpu(loss, negatives.settings, "adam", deterministic=output is Output.PAIRS)
     num_users, width = parameters.users.shape
     lanes = lanes or warp_lanes()
     block_d, tile = tile_of(width, lanes)
-    count = negatives.settings.count
+    count, table = negatives.settings.count, negatives.popularity
+    log_q = table if loss.reads_log_q else None
+    kept = None
+    if negatives.settings.pool:
+        kept = torch.empty((batch_size, count), dtype=torch.int32, device=parameters.users.device)
     adds = gradients if output is Output.GRADIENTS else None
     arguments: dict[str, Any] = {
         "users_ptr": parameters.users,
@@ -524,6 +547,10 @@ def own_launch(
         "user_index_ptr": interactions.user_index,
         "item_index_ptr": interactions.item_index,
         **exclusion_arguments(negatives.known_positives),
+        **table_arguments(table),
+        "log_p_ptr": log_q and log_q.log_p,
+        "log_free_mass_ptr": log_q and log_q.log_free_mass,
+        "kept_ptr": kept,
         "words_ptr": words,
         "counters_ptr": counters,
         "losses_ptr": losses,
@@ -535,6 +562,7 @@ def own_launch(
         "num_users": num_users,
         "num_items": len(parameters.items),
         "num_negatives": count,
+        "num_drawn": negatives.settings.drawn,
         "pairs": float(loss.pairs(count)),
         "temperature": loss.norm_temperature,
         "calibration": loss.calibration,
@@ -551,68 +579,8 @@ def own_launch(
         "NORMALISED": loss.name in NORMALISED,
         "POSITIVE_LAST": loss.name in POSITIVE_LAST,
     }
-    return Launch(own_negatives_kernel, num_programs(batch_size, width, lanes), arguments, tile.num_warps)
-
-
-class PairBuffers(NamedTuple):
-    """What the deterministic mode holds of a batch.
-
-    Attributes:
-        users: (B,), int32.
-        items: (B, 1 + N), int32, flat.
-        coefficients: (B, 1 + N), float32, flat.
-    """
-
-    users: Tensor
-    items: Tensor
-    coefficients: Tensor
-
-    @staticmethod
-    def empty(batch_size: int, num_negatives: int, device: torch.device) -> PairBuffers:
-        """Buffers of that size."""
-        size = batch_size * (1 + num_negatives)
-        return PairBuffers(
-            torch.empty(batch_size, dtype=torch.int32, device=device),
-            torch.empty(size, dtype=torch.int32, device=device),
-            torch.empty(size, dtype=torch.float32, device=device),
-        )
-
-    def first(self, batch_size: int, num_negatives: int) -> PairBuffers:
-        """The part of a shorter batch."""
-        size = batch_size * (1 + num_negatives)
-        return PairBuffers(self.users[:batch_size], self.items[:size], self.coefficients[:size])
-
-
-def add_pair_gradients(
-    parameters: Tables, gradients: Tables, pairs: PairBuffers, loss: LossSettings, num_negatives: int
-) -> None:
-    """Add the gradients of a batch's pairs in a fixed order, without floating-point atomics."""
-    num_pairs = 1 + num_negatives
-    divisor = loss.divisor(len(pairs.users), num_negatives)
-    reduce_pairs(
-        keys=pairs.items,
-        coefficients=pairs.coefficients,
-        terms=1,
-        others=pairs.users,
-        pairs_per_other=num_pairs,
-        other_vectors=parameters.users,
-        own_vectors=parameters.items,
-        gradients=gradients.items,
-        bias_gradients=gradients.item_bias,
-        own_scale=4 / num_pairs * loss.item_l2 / divisor,
-    )
-    reduce_pairs(
-        keys=pairs.users,
-        coefficients=pairs.coefficients,
-        terms=num_pairs,
-        others=pairs.items,
-        pairs_per_other=1,
-        other_vectors=parameters.items,
-        own_vectors=parameters.users,
-        gradients=gradients.users,
-        bias_gradients=None,
-        own_scale=2 * loss.user_l2 / divisor,
-    )
+    step = Launch(own_negatives_kernel, num_programs(batch_size, width, lanes), arguments, tile.num_warps)
+    return OwnLaunches(None if kept is None else hard_launch(step), step)
 
 
 def run_batch(
@@ -641,7 +609,7 @@ def run_batch(
     losses = torch.zeros(
         num_programs(len(batch), parameters.users.shape[1], warp_lanes()), dtype=torch.float64, device=device
     )
-    launch = own_launch(
+    launches = own_launches(
         parameters,
         gradients,
         batch,
@@ -657,7 +625,7 @@ def run_batch(
         pair_buffers=pairs,
     )
     with device_scope(device):
-        launch()
+        launches()
         if pairs is not None and gradients is not None:
             add_pair_gradients(parameters, gradients, pairs, loss, count)
     return losses.sum()
