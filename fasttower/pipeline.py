@@ -89,14 +89,8 @@ def fit(
         FastTowerError: bad data or settings, or a device or backend that is not there.
         TrainingError: the loss is not finite.
     """
-    config = config or Config()
-    if not isinstance(config, Config):
-        raise FastTowerError(f"config is a {type(config).__name__}; expected a fasttower.Config.")
+    config = _named(data, config or Config())
     observer = observer or FitObserver()
-    if isinstance(data, str | Path):
-        config = dataclasses.replace(config, data=str(data))
-    elif data is not None:
-        config = dataclasses.replace(config, data=type(data).__name__)
     clock = _Clock()
 
     device, backend, why = _choose_where(config, observer)
@@ -136,7 +130,7 @@ def fit(
     assert first is not None  # there is at least one seed
     trained, recommendations = first
     assert isinstance(trained.settings, ResolvedConfig)  # as a Config resolves
-    speeds = [record.positives_per_s for record in trained.history]
+    speeds = [one.positives_per_s for one in trained.history if one.phase == trained.history[-1].phase]
     metrics: Outcome = {
         "test": {name: statistics.fmean(report[name] for report in reports) for name in popularity},
         "popularity": popularity,
@@ -174,6 +168,17 @@ def fit(
     )
 
 
+def _named(data: Source | None, config: Config) -> Config:
+    """The configuration with the name of what is trained on."""
+    if not isinstance(config, Config):
+        raise FastTowerError(f"config is a {type(config).__name__}; expected a fasttower.Config.")
+    if data is None:
+        return config
+    return dataclasses.replace(
+        config, data=str(data) if isinstance(data, str | Path) else type(data).__name__
+    )
+
+
 def _choose_where(config: Config, observer: FitObserver) -> tuple[torch.device, str, str]:
     """The device, the backend, and why it is that one."""
     device, warning = choose_device(config.device, strict=config.strict_device)
@@ -183,9 +188,10 @@ def _choose_where(config: Config, observer: FitObserver) -> tuple[torch.device, 
     if config.deterministic:
         check_repeatable(backend, device)
     if backend == "triton":
+        standard = config.resolved(0, 0)  # the search tries nothing that is refused where this is not
         check_on_gpu(
-            config.loss_settings(config.l2[0]),
-            config.negative_settings,
+            standard.loss_settings,
+            standard.negative_settings,
             config.optimiser,
             deterministic=config.deterministic,
         )

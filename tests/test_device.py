@@ -85,5 +85,5 @@ def test_the_trainer_asks_its_steps_to_repeat(deterministic, monkeypatch):
     config = TrainingConfig(
         embedding_dim=4, batch_size=2, epochs=1, backend="torch", deterministic=deterministic
     )
-    Trainer(TrainingData(pairs, pairs, None, known), config.resolved(3)).train()
+    Trainer(TrainingData(pairs, known), config).train()
     assert seen == [deterministic]

@@ -109,7 +109,7 @@ def test_files_of_a_run_directory(run, saved):
     }
     lines = [json.loads(line) for line in (saved / "history.jsonl").read_text().splitlines()]
     assert len(lines) == len(run.history)
-    expected = {"phase", "l2", "epoch", "step", "train_loss", "valid_loss", "valid"}
+    expected = {"phase", "settings", "cut", "epoch", "step", "train_loss", "valid_loss", "valid"}
     assert expected | {"epoch_s", "positives_per_s", "elapsed_s"} == set(lines[0])
     config = json.loads((saved / "config.json").read_text())
     assert (config["device_requested"], config["device"]) == ("auto", "cpu")
@@ -207,7 +207,7 @@ def test_without_a_test_part_all_is_trained_on(whole, ratings):
     assert whole.users.height == rows["user_id"].n_unique()
     assert len(whole.known_positives.items) == rows.height
     assert whole.recommend().join(rows, on=["user_id", "item_id"], how="semi").is_empty()
-    assert {record.phase for record in whole.history} == {"choose", "refit"}
+    assert {record.phase for record in whole.history} == {"search", "refit"}
     refit = [record for record in whole.history if record.phase == "refit"]
     assert refit[-1].step == whole.metrics["best_epoch"] * math.ceil(2000 / 64)
 
@@ -243,10 +243,10 @@ def test_without_a_test_part_a_run_is_measured_on_later_rows(whole, tmp_path):
 @pytest.mark.parametrize(
     ("change", "phases"),
     [
-        ({"refit": False}, {"choose"}),
+        ({"refit": False}, {"search", "refit"}),
         ({"valid_fraction": 0.0}, {"train"}),
-        ({"split": "random"}, {"choose", "refit"}),
-        ({"split": "leave-last"}, {"choose", "refit"}),
+        ({"split": "random"}, {"search", "refit"}),
+        ({"split": "leave-last"}, {"search", "refit"}),
     ],
 )
 def test_without_a_test_part_in_other_ways(change, phases, ratings, tmp_path):

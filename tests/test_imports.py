@@ -41,7 +41,7 @@ TRAIN_AND_RETRIEVE = """
 import torch
 from fasttower.config import TrainingConfig
 from fasttower.data.synthetic import generate
-from fasttower.training.data import TrainingData
+from fasttower.training.data import Cut, TrainingData
 from fasttower.training.trainer import Trainer
 from fasttower_kernels.known_positives import KnownPositives
 from fasttower_kernels.tables import Interactions
@@ -52,8 +52,8 @@ columns = (torch.from_numpy(ids) for ids in (data.user_id, data.item_id))
 users, items = (ids.unique(return_inverse=True)[1].int() for ids in columns)
 part = lambda rows: Interactions(users[rows].contiguous(), items[rows].contiguous())
 known = KnownPositives.from_pairs(users, items, int(users.max()) + 1, int(items.max()) + 1)
-parts = TrainingData(part(slice(0, None)), part(slice(0, None, 2)), part(slice(1, None, 50)), known)
-config = TrainingConfig(epochs=1, embedding_dim=4, l2=0.1, backend="torch", k=5).resolved(len(parts.fit))
+parts = TrainingData(part(slice(0, None)), known, (Cut(part(slice(0, None, 2)), part(slice(1, None, 50))),))
+config = TrainingConfig(epochs=1, embedding_dim=4, l2=0.1, backend="torch", k=5)
 model = Trainer(parts, config).train().model
 assert top_k(model.infer_users(), model.infer_items(), k=5).items.shape == (int(users.max()) + 1, 5)
 """

@@ -110,12 +110,12 @@ def test_a_format_that_is_no_number_from_one_on(run, tmp_path, number):
 def test_a_newer_format_is_refused_by_name_whatever_else_is_new(run, tmp_path):
     run.save(tmp_path / "run")
     assert json.loads((tmp_path / "run" / "config.json").read_text())["format"] == 3
-    change_json("config.json", format=3, a_new_setting=1)(tmp_path / "run")
+    change_json("config.json", format=4, a_new_setting=1)(tmp_path / "run")
     (tmp_path / "run" / "metrics.json").unlink()
     with pytest.raises(FastTowerError) as error:
         fasttower.load_run(tmp_path / "run")
     assert str(error.value) == (
-        f"{tmp_path / 'run'} was written in format 3 by a newer fasttower; this one reads up to 2; update"
+        f"{tmp_path / 'run'} was written in format 4 by a newer fasttower; this one reads up to 3; update"
         " fasttower."
     )
 

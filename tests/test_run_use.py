@@ -491,9 +491,7 @@ def test_an_update_starts_at_the_vectors_of_the_run(run):
 
     users, items = torch.arange(len(run.users)) + 1, torch.arange(len(run.items)) * 2
     pairs = Interactions(torch.tensor([0, 0], dtype=torch.int32), torch.tensor([4, 5], dtype=torch.int32))
-    model = extended_model(
-        run.model, users, items, pairs, len(users) + 2, 2 * len(items), run.config, run.metrics["l2"]
-    )
+    model = extended_model(run.model, users, items, pairs, len(users) + 2, 2 * len(items), run.config)
     assert model.infer_users()[users].equal(run.model.infer_users())
     assert model.infer_items()[items].equal(run.model.infer_items())
     assert model.item_bias[items].equal(run.model.item_bias)

@@ -156,8 +156,8 @@ def test_the_trainer_passes_it_on(interactions, known):
         config = TrainingConfig(
             embedding_dim=8, batch_size=10, epochs=2, l2=0.01, backend="torch", table_dtype=dtype
         )
-        data = TrainingData(interactions, interactions, None, known)
-        model = Trainer(data, config.resolved(len(interactions))).train().model
+        data = TrainingData(interactions, known)
+        model = Trainer(data, config).train().model
         tables.append(model.tables)
     assert not tables[0].users.equal(tables[1].users)
     assert all(table.dtype == torch.float32 for table in tables[1])

@@ -77,7 +77,7 @@ def test_losses_and_negatives(csv, tmp_path, capsys, flags):
 
 def test_one_epoch_is_no_epochs(csv, tmp_path, capsys):
     assert command("--data", csv, "--run-dir", tmp_path / "run", *QUICK, "--epochs", 1) == 0
-    assert "trained for 1 epoch with L2" in capsys.readouterr().out
+    assert "trained for 1 epoch: bce" in capsys.readouterr().out
 
 
 def test_json_alone_on_stdout(csv, tmp_path, capsys):
@@ -191,7 +191,7 @@ def test_a_place_where_nothing_can_be_written_is_found_before_the_training(csv, 
     assert command("--data", csv, "--run-dir", csv / "run", *QUICK) == 2
     printed = capsys.readouterr()
     assert "give another directory" in printed.err
-    assert "choose" not in printed.out
+    assert "search" not in printed.out
 
 
 def test_a_directory_in_use_is_refused_before_the_training(csv, tmp_path, capsys):
@@ -199,7 +199,7 @@ def test_a_directory_in_use_is_refused_before_the_training(csv, tmp_path, capsys
         assert command("--data", csv, "--run-dir", tmp_path / "run", *QUICK) == 2
     printed = capsys.readouterr()
     assert "is in use" in printed.err
-    assert "choose" not in printed.out
+    assert "search" not in printed.out
 
 
 def test_runs_of_one_second_get_directories_of_their_own(csv, tmp_path, monkeypatch):
@@ -260,6 +260,7 @@ def test_cuda_that_is_not_there_warns_and_goes_on(csv, tmp_path, capsys, monkeyp
 def test_ctrl_c_writes_the_run_and_exits_with_130(csv, tmp_path, module):
     arguments = ["train"] if module == "fasttower" else []
     arguments += ["--data", str(csv), "--run-dir", str(tmp_path / "run"), *QUICK, "--epochs", "100000"]
+    arguments += ["--valid-fraction", "0"]
     process = subprocess.Popen(
         [sys.executable, "-m", module, *arguments],
         env=os.environ
@@ -269,7 +270,7 @@ def test_ctrl_c_writes_the_run_and_exits_with_130(csv, tmp_path, module):
         text=True,
     )
     for line in process.stdout:
-        if line.startswith("choose  2"):
+        if line.startswith("train   2"):
             process.send_signal(signal.SIGINT)
             break
     out, err = process.communicate(timeout=60)

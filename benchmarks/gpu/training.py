@@ -24,7 +24,7 @@ from benchmarks.gpu.results import Results
 from fasttower.config import TrainingConfig
 from fasttower.data.synthetic import generate
 from fasttower.evaluation.ranking import ranking_metrics
-from fasttower.training.data import TrainingData
+from fasttower.training.data import Cut, TrainingData
 from fasttower.training.trainer import TrainedModel, Trainer
 from fasttower_kernels.known_positives import KnownPositives
 from fasttower_kernels.tables import Interactions
@@ -54,15 +54,20 @@ class Split:
         cut, end = int(len(order) * 0.72), int(len(order) * 0.8)
         fit = Interactions(users[:end], items[:end])
         train = Interactions(users[:cut], items[:cut])
+        later = Interactions(users[cut:end], items[cut:end])
         seen = KnownPositives.from_pairs(fit.user_index, fit.item_index, num_users, num_items)
         test = _warm(Interactions(users[end:], items[end:]), fit, num_users, num_items)
         test_users, rows = test.user_index.unique(return_inverse=True)
         return Split(
             TrainingData(
                 fit,
-                train,
-                _warm(Interactions(users[cut:end], items[cut:end]), train, num_users, num_items),
                 seen,
+                (
+                    Cut(
+                        train,
+                        _warm(Interactions(users[cut:end], items[cut:end]), train, num_users, num_items),
+                    ),
+                ),
             ),
             test_users.long(),
             KnownPositives.from_pairs(rows, test.item_index, len(test_users), num_items),
@@ -122,9 +127,9 @@ class Comparison:
     def train(self, way: str, device: str, *, validated: bool = False, **changes: object) -> TrainedModel:
         """Train with a changed configuration; without a validation part, the last epoch counts."""
         parts = self._split.parts.to(torch.device(device))
-        parts = parts if validated else replace(parts, valid=None)
+        parts = parts if validated else replace(parts, cuts=())
         began = time.perf_counter()
-        config = replace(self._config, **changes).resolved(len(parts.fit))
+        config = replace(self._config, **changes)
         trained = Trainer(parts, config).train()
         seconds = time.perf_counter() - began
         self._results.add(

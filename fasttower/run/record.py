@@ -69,7 +69,7 @@ class Outcome(TypedDict):
     search: NotRequired[list[TrialRow]]
     """What was tried, of the first seed, in the order in which it was begun."""
     positives_per_s: NotRequired[float | None]
-    """Median over the epochs; None without any."""
+    """Median over the epochs of the last phase; None without any."""
     threads: NotRequired[int]
     """CPU threads."""
     versions: NotRequired[dict[str, str]]

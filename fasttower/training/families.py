@@ -46,7 +46,12 @@ def _fits(family: Family, given: Mapping[str, Any]) -> bool:
         return False
     if not given.keys() & {"l2", "temperature"} <= {family.axis} and "similarity" not in given:
         return False
-    needs_own = given["negative_pool"] or given["loss_scale"] == "pairs" or given["deterministic"]
+    needs_own = (
+        given["negative_pool"]
+        or given["loss_scale"] == "pairs"
+        or given["deterministic"]
+        or given["optimiser"] == "lazy_adam"
+    )
     return family.negatives in OWN_NEGATIVES or not needs_own
 
 

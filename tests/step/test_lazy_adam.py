@@ -163,12 +163,17 @@ def test_repeats_bit_for_bit(threads):
 @pytest.mark.parametrize(
     ("loss", "negatives", "exclude"),
     [
-        (LossSettings(), NegativeSettings(count=0), True),
-        (LossSettings(), NegativeSettings(count=5), False),
+        pytest.param(LossSettings(), NegativeSettings(count=0), True, marks=pytest.mark.slow),
+        pytest.param(LossSettings(), NegativeSettings(count=5), False, marks=pytest.mark.slow),
         (L2, NegativeSettings(count=2, pool=6), True),  # what is not kept is read too
         (LossSettings("softmax"), NegativeSettings("popularity", count=5), True),
         (LossSettings("softmax"), NegativeSettings("shared", count=5, block_size=3), True),
-        (LossSettings("bpr", user_l2=0.01), NegativeSettings("mixed", count=5, block_size=3), True),
+        pytest.param(
+            LossSettings("bpr", user_l2=0.01),
+            NegativeSettings("mixed", count=5, block_size=3),
+            True,
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["no negatives", "plain", "hard", "popularity", "shared", "mixed"],
 )
@@ -302,8 +307,8 @@ def test_the_trainer_passes_it_on():
             embedding_dim=8, batch_size=100, epochs=2, l2=0.01, optimiser=optimiser, backend="torch"
         )
         interactions = make_interactions()
-        data = TrainingData(interactions, interactions, None, make_known())
-        model = Trainer(data, config.resolved(len(interactions))).train().model
+        data = TrainingData(interactions, make_known())
+        model = Trainer(data, config).train().model
         models.append(model.tables)
     equal = [one.equal(other) for one, other in zip(*models, strict=True)]
     assert not all(equal)  # the last bits tell that the other optimiser ran

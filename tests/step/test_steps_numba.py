@@ -125,8 +125,8 @@ def test_shared_negatives(negatives, threads):
 @pytest.mark.parametrize(
     "loss",
     [
-        LossSettings("gbce", **L2),
-        LossSettings("bpr", **L2, bias_l2=0.1),
+        pytest.param(LossSettings("gbce", **L2), marks=pytest.mark.slow),
+        pytest.param(LossSettings("bpr", **L2, bias_l2=0.1), marks=pytest.mark.slow),
         LossSettings("softmax", **L2),
         LossSettings("bce", similarity="cosine", temperature=0.5),
     ],
@@ -203,6 +203,7 @@ print(hashlib.sha256(b"".join(array.numpy().tobytes() for array in arrays)).hexd
 """
 
 
+@pytest.mark.slow
 def test_the_process_that_compiles_gets_the_bits_that_later_ones_get(tmp_path):
     compiled = in_new_process(HASHED, NUMBA_CACHE_DIR=str(tmp_path))
     assert list(tmp_path.rglob("*.nbc"))
