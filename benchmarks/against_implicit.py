@@ -5,18 +5,17 @@
     FASTTOWER_DATA=... python -m benchmarks.against_implicit --select     chooses implicit's settings anew
 
 RePlay's ML-1M protocol (ratings >= 3, the last 20% of the time line is the test part), as fasttower prepares
-it. Settings: fasttower's are its defaults. implicit's are chosen on validation parts alone, as fasttower's
-were in `benchmarks.selection`: each point of the grid is trained for the same three validation cuts, and the
+it. Settings: fasttower searches for its own. implicit's are chosen on validation parts only: each point of the grid is trained for the same three validation cuts, and the
 point and the epoch with the best mean validation NDCG@10 count (all curves: `results/implicit-ml-1m.json`).
 
 Quality: each way is trained on all rows before the test cut, and RePlay reports on the test part. fasttower
-chooses its L2 among three and its epochs in every run, on that run's validation part.
+searches for its settings and epochs in every run, on that run's validation part.
 
 Time to a level: a way trains on the rows before the validation cut, and its validation NDCG@10 is taken after
 every epoch. The levels are the best validation NDCG@10 of each way's curve (the mean of the repeats). The
 time to a level is what a repeat's training took until the end of the first epoch at or above it: wall time
-without evaluation, imports and compilation; without the grid search, but with the three values of L2 that
-fasttower's run tries one after another. Reported is the median of the repeats that arrive, with how many did.
+without evaluation, imports and compilation; without implicit's grid search, but with all that fasttower's
+search tries. Reported is the median of the repeats that arrive, with how many did.
 Repeats have seeds of their own and are interleaved: one of each way, and again.
 """
 
@@ -131,7 +130,7 @@ def train_implicit(
         nonlocal began
         curve.seconds.append(time.perf_counter() - began)
         if validation is not None:
-            curve.ndcg.append(validation.metrics(Factors.of(model))[f"NDCG@{K}"])  # type: ignore[arg-type]
+            curve.ndcg.append(validation.metrics(Factors.of(model))[0][f"NDCG@{K}"])  # type: ignore[arg-type]
         began = time.perf_counter() - curve.seconds[-1]
 
     model.fit(matrix, show_progress=False, callback=after_epoch)
@@ -139,10 +138,9 @@ def train_implicit(
 
 
 def validation_of(data: TrainingData) -> Validation:
-    known, train = data.known_positives, data.train
+    known, (train, valid) = data.known_positives, data.cuts[0]
     seen = KnownPositives.from_pairs(train.user_index, train.item_index, known.num_users, known.num_items)
-    assert data.valid is not None
-    return Validation.of(data.valid, seen, K)
+    return Validation.of(valid, seen, K)
 
 
 def test_metrics(model: TwoTower | Factors, data: TrainingData, prepared: PreparedData) -> dict[str, float]:
@@ -181,7 +179,7 @@ def select(threads: int) -> None:
                     name,
                     settings,
                     EPOCHS[name],
-                    data.train,
+                    data.cuts[0].train,
                     data.known_positives,
                     seed=0,
                     threads=threads,
@@ -219,10 +217,11 @@ class Repeat(NamedTuple):
 
 
 def repeat_fasttower(config: Config, data: TrainingData, prepared: PreparedData) -> Repeat:
-    trained = Trainer(data, config.resolved(len(data.fit))).train()
-    choose = [record for record in trained.history if record.phase == "choose"]
-    seconds = list(itertools.accumulate(record.epoch_s for record in choose))
-    curve = Curve(seconds, [record.valid[f"NDCG@{K}"] for record in choose])
+    trained = Trainer(data, config).train()
+    searched = [record for record in trained.history if record.phase == "search"]
+    seconds = list(itertools.accumulate(record.epoch_s for record in searched))
+    scored = [at for at, record in enumerate(searched) if record.valid and record.cut == 0]
+    curve = Curve([seconds[at] for at in scored], [searched[at].valid[f"NDCG@{K}"] for at in scored])
     fit_s = sum(record.epoch_s for record in trained.history if record.phase == "refit")
     return Repeat(curve, fit_s, fit_s + seconds[-1], test_metrics(trained.model, data, prepared))
 
@@ -235,7 +234,7 @@ def repeat_implicit(
     settings, epochs = chosen["settings"], chosen["epochs"]
     validation = validation_of(data)
     _, curve = train_implicit(
-        name, settings, EPOCHS[name], data.train, known, validation=validation, **options
+        name, settings, EPOCHS[name], data.cuts[0].train, known, validation=validation, **options
     )
     model, times = train_implicit(name, settings, epochs, data.fit, known, **options)
     fit_s = times.seconds[-1]
@@ -247,14 +246,14 @@ def measure(repeats: int, threads: int) -> None:
     data = to_training_data(prepared)
     models = json.loads(RESULTS.read_text())["models"]
     print(
-        f"{len(data.train):,} training rows, {len(data.valid or ()):,} validation pairs, "
+        f"{len(data.cuts[0].train):,} training rows, {len(data.cuts[0].valid):,} validation pairs, "
         f"{len(data.fit):,} rows before the test cut; {threads} threads; "
         + ", ".join(f"{name} {version}" for name, version in all_versions().items())
     )
     for name, chosen in models.items():
         print(f"{name}: {chosen['settings']}, {chosen['epochs']} epochs")
     once = dataclasses.replace(PROTOCOL, epochs=1, refit=False)
-    Trainer(data, once.resolved(len(data.fit))).train()  # compiles
+    Trainer(data, once).train()  # compiles
     ways: dict[str, list[Repeat]] = {"fasttower": []} | {name: [] for name in models}
     for seed in range(repeats):
         ways["fasttower"].append(repeat_fasttower(dataclasses.replace(PROTOCOL, seed=seed), data, prepared))

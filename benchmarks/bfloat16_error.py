@@ -31,7 +31,7 @@ def main() -> None:
     asked = parser.parse_args()
     run = fasttower.load_run(asked.run)
     config, known, tables = run.config, run.known_positives, run.model.tables
-    loss = config.loss_settings(run.metrics["l2"])
+    loss = config.loss_settings
     users = torch.repeat_interleave(torch.arange(known.num_users), known.degrees).int()
     negatives = Negatives.of(
         config.negative_settings,

@@ -54,11 +54,11 @@ def first_step(optimiser: str, threads: int) -> dict[str, list[float]]:
 
     torch.set_num_threads(threads)
     data = make_data()
-    config = PRESETS["default"].resolved(len(data.interactions))
+    config = PRESETS["default"].resolved(len(data.interactions), data.num_items)
     drawn = config.negative_settings
     negatives = Negatives.of(drawn, data.interactions, data.num_users, data.num_items, data.known_positives())
     state = TrainState.start(make_tables(config.embedding_dim, data, item_bias=config.item_bias))
-    loss = config.loss_settings(config.l2[0])
+    loss = config.loss_settings
     settings = StepSettings(config.learning_rate, config.batch_size, config.seed, loss, drawn, optimiser)
     began = now()
     Step(state, data.interactions, negatives, settings).run(0, 1)

@@ -41,8 +41,8 @@ def test_what_a_gpu_cannot_hold_is_refused_before_it_is_copied(ratings, gpu, mon
         fasttower.fit(ratings, CONFIG)
     assert not copied
     (numbers,) = sizes
-    # 800 rows before the test cut, as fit and as train and valid, of which some are of items that train lacks.
-    # The train of an earlier validation cut has 720 - 72.
+    # 800 rows before the test cut, as fit and as train and valid, two of them of items that train lacks; and
+    # 648 to 720 of an earlier cut.
     assert (numbers["num_users"], numbers["num_items"], numbers["width"]) == (40, 16, 8)
     assert 1598 + 648 < numbers["num_rows"] <= 1598 + 720
     assert 0 < numbers["num_known"] <= 800

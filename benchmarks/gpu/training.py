@@ -62,12 +62,7 @@ class Split:
             TrainingData(
                 fit,
                 seen,
-                (
-                    Cut(
-                        train,
-                        _warm(Interactions(users[cut:end], items[cut:end]), train, num_users, num_items),
-                    ),
-                ),
+                (Cut(train, _warm(later, train, num_users, num_items)),),
             ),
             test_users.long(),
             KnownPositives.from_pairs(rows, test.item_index, len(test_users), num_items),
