@@ -4,14 +4,14 @@
 
 The protocols:
 
-    ml-1m          RePlay's published one: ratings of at least 3, the last 20% of the time line is the test part
+    ml-1m          RePlay's published one: ratings of at least 3, test part the last 20% of the time line
     ml-100k        the published notebook's: users with at least 20 ratings, test ratings of at least 4
     amazon-beauty  a published fixed split without timestamps (LightGCN++, RecSys 2024), cutoff 20
     synthetic-1m   generated, in MovieLens-1M's shape
 
-Each seed searches for its own settings on the validation part; its test part is read once. Reported are the means
-and deviations of RePlay's metrics, and of the CPU time of the whole run, with one thread unless --threads asks
-for more. The search's choices are kept for every seed.
+Each seed searches for its own settings on the validation part; its test part is read once. Reported are the
+means and deviations of RePlay's metrics, and the CPU time of the whole run, with one thread unless --threads
+asks for more. The search's choices are kept for every seed.
 """
 
 from __future__ import annotations
