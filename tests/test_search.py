@@ -118,12 +118,11 @@ def test_coverage_decides_among_those_within_some_standard_errors(prefer, expect
     # 400 users whose scores differ with a deviation of 0.02: a standard error of 0.001.
     base = scores(1, 0.2, coverage=0.1)
     error = torch.tensor([1.0, -1.0]).repeat(200).double() * 0.02
+    behind = {2: 0.0009, 3: 0.0019, 4: 0.003}
+    others = {epoch: Scores(epoch, base.per_user - by + error, epoch / 10) for epoch, by in behind.items()}
     trials = [
-        Trial(BCE, [[base, Scores(2, base.per_user - 0.0009 + error, 0.2)]]),
-        Trial(
-            COSINE,
-            [[Scores(3, base.per_user - 0.0019 + error, 0.3), Scores(4, base.per_user - 0.003 + error, 0.9)]],
-        ),
+        Trial(BCE, [[base, Scores(9, base.per_user - 0.0001, 0.9)]]),  # an epoch is not chosen by coverage
+        *(Trial(COSINE._replace(temperature=1.0 * epoch), [[one]]) for epoch, one in others.items()),
     ]
     assert chosen(trials, prefer)[1].epoch == expected
 

@@ -254,13 +254,16 @@ def merged(cuts: Sequence[Scores]) -> Scores:
 
 
 def chosen(trials: Sequence[Trial], prefer: Preference) -> tuple[Candidate, Scores]:
-    """The candidate and the epoch with the largest coverage within some standard errors of the best score."""
+    """The candidate with the largest coverage within some standard errors of the best score; its best epoch.
+
+    Epochs are not compared by coverage: a model that has hardly been trained covers much.
+    """
     best = max(trials, key=lambda trial: trial.best().mean)
-    points = [(best.candidate, best.best())]
-    if tolerance := TOLERANCE[prefer]:
-        for trial in trials:
-            for scores in (scores for rung in trial.rungs for scores in rung):
-                behind, error = scores.behind(best.best())
-                if behind <= tolerance * error:
-                    points.append((trial.candidate, scores))
-    return max(points, key=lambda point: point[1].coverage)
+
+    def is_close(trial: Trial) -> bool:
+        behind, error = trial.best().behind(best.best())
+        return behind <= TOLERANCE[prefer] * error
+
+    close = [trial for trial in trials if trial is best or (TOLERANCE[prefer] and is_close(trial))]
+    choice = max(close, key=lambda trial: trial.best().coverage)
+    return choice.candidate, choice.best()
