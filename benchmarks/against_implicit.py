@@ -6,8 +6,8 @@
 
 RePlay's ML-1M protocol (ratings >= 3, the last 20% of the time line is the test part), as fasttower prepares
 it. Settings: fasttower searches for its own. implicit's are chosen on validation parts only: each point of
-the grid is trained for the same three validation cuts, and the point and the epoch with the best mean validation
-NDCG@10 count (all curves: `results/implicit-ml-1m.json`).
+the grid is trained for the same three validation cuts, and the point and the epoch with the best mean
+validation NDCG@10 count (all curves: `results/implicit-ml-1m.json`).
 
 Quality: each way is trained on all rows before the test cut, and RePlay reports on the test part. fasttower
 searches for its settings and epochs in every run, on that run's validation part.

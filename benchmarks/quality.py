@@ -25,10 +25,10 @@ import time
 import zipfile
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, get_args
 
 import fasttower
-from fasttower.config import Config
+from fasttower.config import Config, Search
 from fasttower.versions import versions
 
 PROTOCOLS: dict[str, dict[str, Any]] = {
@@ -50,7 +50,8 @@ def main() -> None:
     parser.add_argument("--prefer", default="balanced")
     parser.add_argument("--output", type=Path)
     asked = parser.parse_args()
-    settings = {"threads": asked.threads, "search": asked.search, "prefer": asked.prefer}
+    search = asked.search if asked.search in get_args(Search) else float(asked.search)
+    settings = {"threads": asked.threads, "search": search, "prefer": asked.prefer}
     fasttower.fit("synthetic-100k", Config(threads=asked.threads, epochs=1))  # compiles
     result: dict[str, Any] = {"settings": settings, "versions": versions(), "data": {}}
     with TemporaryDirectory() as folder:

@@ -102,20 +102,21 @@ class TrainingConfig:
     """Train this many times, with seed, seed + 1, ...; report means and deviations, keep the first model."""
     search: Search | float = "quick"
     """How much is tried of what is left open below, by the validation part: quick; thorough, a wider grid; a
-    number of seconds, thorough as far as they go; or none."""
+    number of seconds, thorough until they are over, compilation included; or none, the standard settings, of
+    which only the epochs are chosen."""
     prefer: Preference = "balanced"
     """Which of the settings tried is chosen: the most accurate one (accuracy), or the one with the largest
     coverage among those within one (balanced) or two (coverage) standard errors of it."""
     embedding_dim: int | None = None
     """Dimensions of the user and item vectors, 1 to 512; if not given, 32 for up to 10,000 items, else
-    128."""
+    128, and twice as many in a thorough search."""
     item_bias: bool = True
     """Add a learned bias per item to the logit."""
     init_scale: float | None = None
     """Standard deviation of the initial vectors; 0.1 / sqrt(embedding_dim) if not given."""
     loss: LossName | None = None
     """Loss of a positive and its negatives: binary cross-entropy, gbce (its calibrated form), bpr (pairwise)
-    or sampled softmax; searched for if not given."""
+    or sampled softmax; if not given, the search tries bce and softmax."""
     calibration: float = 0.75
     """t of --loss gbce, from 0 (bce) to 1 (calibrated for the share of items that is drawn)."""
     similarity: Similarity | None = None
@@ -158,8 +159,8 @@ class TrainingConfig:
     """Positives in a batch; if not given, the power of two nearest to a hundredth of the interactions before
     the test cut, or to a three-hundredth with negatives that a block shares, from 256 to 65,536."""
     epochs: int | None = None
-    """Passes over the training part; where a validation part chooses, at most so many. If not given, 32 then,
-    else 30."""
+    """Passes over the training part; where a validation part chooses, at most so many. If not given, 32 then
+    (64 in a thorough search), else 30."""
     refit: bool = True
     """After the validation part has chosen the epoch, train again with its rows included."""
     k: int = 10
@@ -214,8 +215,8 @@ class TrainingConfig:
 
     @property
     def families(self) -> tuple[Family, ...]:
-        """The families of settings that what is given leaves open, the standard one first."""
-        return families(self.given, thorough=self.search not in ("none", "quick"))
+        """The families of settings that a search tries first, of those that what is given leaves open."""
+        return families(self.given)
 
     @property
     def given(self) -> dict[str, Any]:

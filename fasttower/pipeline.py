@@ -41,6 +41,9 @@ if TYPE_CHECKING:
 
     Source: TypeAlias = str | Path | pl.DataFrame | pl.LazyFrame | pd.DataFrame | pa.Table
 
+LEAST_USERS = 10
+"""Validation users below which nothing is searched for."""
+
 _LESS_MEMORY = "a smaller --batch-size or --embedding-dim"
 
 
@@ -97,7 +100,7 @@ def fit(
     with cpu_threads(config.threads) as threads, memory_of(device, _LESS_MEMORY):
         source = config.data if data is None or isinstance(data, str | Path) else data
         prepared = prepare(source, config, config.seed, observer.download_progress())
-        training_data = to_training_data(prepared)
+        training_data = _enough_to_choose_by(to_training_data(prepared), observer)
         _check_memory(training_data, config, device, backend)
         training_data = training_data.to(device)
         clock.lap("prepare")
@@ -219,6 +222,17 @@ def to_training_data(prepared: PreparedData) -> TrainingData:
         fit.user_index, fit.item_index, prepared.users.height, prepared.items.height
     )
     return TrainingData(fit, known, cuts)
+
+
+def _enough_to_choose_by(data: TrainingData, observer: FitObserver) -> TrainingData:
+    """The parts, without validation cuts that have too few users to tell settings apart."""
+    users = sum(len(cut.valid.user_index.unique()) for cut in data.cuts)
+    if not data.cuts or users >= LEAST_USERS:
+        return data
+    observer.on_warning(
+        f"the validation part has {users} users, too few to choose by: the standard settings are trained."
+    )
+    return dataclasses.replace(data, cuts=())
 
 
 def _interactions(frame: pl.DataFrame) -> Interactions:

@@ -16,7 +16,7 @@ from fasttower.pipeline import FitObserver
 from fasttower.run import Run
 from fasttower.run.record import Outcome as Metrics
 from fasttower.training.observer import EpochRecord
-from fasttower.training.plan import Outcome
+from fasttower.training.search import Trial
 
 
 class DownloadBar:
@@ -157,17 +157,17 @@ class ConsoleObserver(FitObserver):
         parts += [f"{record.epoch_s:.2f} s", f"{record.positives_per_s / 1e6:.2f} M/s"]
         self._console.print("  ".join(parts))
 
-    def on_outcome(self, outcome: Outcome) -> None:
-        """Show what a candidate of the search has come to."""
-        phase = outcome.phase
-        if phase.searches:
-            best = max(outcome.scores, key=lambda scores: scores.mean)
-            self._console.print(
-                f"{phase.candidate}: cut {phase.cut}, epoch {best.epoch} of {phase.epochs}, "
-                f"NDCG {best.mean:.4f}, coverage {best.coverage:.3f}, {outcome.seconds:.1f} s"
-            )
-        elif phase.name == "refit":
-            self._console.print(f"chosen: {phase.candidate}")
+    def on_phase(self, phase: str, settings: str, epochs: int) -> None:
+        """Show what has been chosen before it is trained."""
+        if phase == "refit":
+            self._console.print(f"chosen: {settings}, {counted_noun(epochs, 'epoch')}", soft_wrap=True)
+
+    def on_trial(self, trial: Trial) -> None:
+        """Show in one line what a candidate of the search has come to."""
+        best = trial.best()
+        trained = f"epochs {trial.epochs:2d}  best {best.epoch:2d}  NDCG {best.mean:.4f}"
+        line = f"{trained}  coverage {best.coverage:.3f}  {trial.seconds:5.1f} s  {trial.candidate}"
+        self._console.print(line, soft_wrap=True)
 
     def show_result(self, run: Run, run_dir: Path) -> None:
         """Show the metrics beside popularity's, the times, and where the run is."""

@@ -128,6 +128,39 @@ def as_in_format_1(folder):
     change_frame("recommendations.parquet", lambda frame: frame.rename({"score": "rating"}))(folder)
 
 
+def as_in_format_2(folder):
+    """Change a run's files to those of format 2, which had several L2 and no search."""
+    config = json.loads((folder / "config.json").read_text())
+    for name in ("loss", "similarity", "temperature", "negatives", "search", "prefer"):
+        del config[name]
+    (folder / "config.json").write_text(json.dumps(config | {"format": 2, "l2": [0.06, 0.03, 0.1]}))
+    metrics = json.loads((folder / "metrics.json").read_text())
+    del metrics["settings"], metrics["search"]
+    (folder / "metrics.json").write_text(json.dumps(metrics | {"l2": 0.03}))
+    lines = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+    for line in lines:
+        del line["settings"], line["cut"]
+        line["l2"] = 0.03
+    (folder / "history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_a_run_of_format_2_is_read_with_the_l2_that_was_chosen(run, tmp_path):
+    run.save(tmp_path / "old")
+    as_in_format_2(tmp_path / "old")
+    read = fasttower.load_run(tmp_path / "old")
+    assert (read.config.loss, read.config.negatives, read.config.l2) == ("bce", "uniform", 0.03)
+    assert read.history[0].settings == "L2 0.03"
+    assert read.recommend(k=3).equals(run.recommend(k=3))
+    assert len(read.update(run.recommendations.head(5).select("user_id", "item_id"), epochs=1).history)
+
+
+def test_what_a_search_chose_may_not_be_left_open(run, tmp_path):
+    run.save(tmp_path / "run")
+    change_json("config.json", loss=None)(tmp_path / "run")
+    with pytest.raises(FastTowerError, match="leaves open: loss"):
+        fasttower.load_run(tmp_path / "run")
+
+
 def test_a_run_of_format_1_is_read_as_it_was_and_written_in_the_format_of_today(run, tmp_path):
     run.save(tmp_path / "old")
     as_in_format_1(tmp_path / "old")

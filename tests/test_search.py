@@ -48,7 +48,9 @@ def test_the_start_is_what_is_left_open():
     one = Search.of(TrainingConfig(loss="softmax", temperature=0.3), 100)
     assert one.start == (COSINE._replace(temperature=0.3),)
     assert Search.of(TrainingConfig(search="none"), 100).start == (BCE,)
-    assert len(Search.of(TrainingConfig(search="thorough"), 100).start) > 2 * len(quick)
+    thorough = Search.of(TrainingConfig(search="thorough"), 100)
+    assert thorough.start == quick
+    assert len(thorough.wider) > 2 * len(quick)
 
 
 def test_what_needs_own_negatives_searches_among_them():
@@ -92,6 +94,25 @@ def test_the_better_half_goes_on_and_the_best_of_each_family_at_first():
     assert rungs[STANDARD, 0.12] == 2  # of five the third, then of four
     assert rungs[IN_BATCH, 0.14] == 2
     assert rungs[IN_BATCH, 0.4] == 1
+
+
+def test_what_is_wider_comes_when_the_quick_search_is_over():
+    search = Search.of(TrainingConfig(search="thorough", epochs=2), 100)
+    trials = list(trials_until_the_end(search, lambda candidate, epoch: 0.1))
+    assert trials[: len(search.start)] == list(search.start)
+    assert {64} == {one.embedding_dim for one in trials} - {32}
+    assert set(search.wider) <= set(trials)
+
+
+def test_the_leader_goes_on_for_any_gain_and_others_for_half_a_standard_error():
+    search = Search.of(TrainingConfig(l2=0.03, loss="bce"), 100)
+    base = scores(4, 0.1, noise=0.05)
+    slightly = Scores(8, base.per_user + torch.tensor([0.02, -0.0199]).repeat(200), 0.1)
+    gain, error = base.behind(slightly)
+    assert 0 < gain < 0.5 * error
+    trial = Trial(search.start[0], [[base], [slightly]])
+    assert search.next([trial]) == (trial.candidate, 2)
+    assert not trial.gains(1, 0.5)
 
 
 def test_nothing_is_begun_after_the_seconds():

@@ -128,6 +128,19 @@ def test_the_chosen_settings_train_the_same_model_again(data):
         assert left.equal(right)
 
 
+def test_candidates_that_wait_are_kept_until_the_search_is_over(data):
+    waiting = []
+
+    class Watch(Observer):
+        def on_phase(self, phase, settings, epochs):
+            waiting.append((phase, len(trainer.state().paused)))
+
+    trainer = Trainer(data, config_with(loss="bce", l2=None, epochs=8), observer=Watch())
+    trainer.train()
+    assert waiting[2] == ("search", 2)
+    assert waiting[-1] == ("refit", 0)
+
+
 def test_each_candidate_starts_anew(data):
     several = searched(data)
     alone = train(data, config_with(l2=several.trials[1].candidate.l2))

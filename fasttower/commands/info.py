@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import polars as pl
 import tyro
 
 from fasttower.cli import parse
@@ -39,6 +40,9 @@ def run(arguments: Sequence[str]) -> int:
     say(f"batch size {config.batch_size:,}, learning rate {config.learning_rate:g}")
     epochs = counted_noun(metrics["best_epoch"], "epoch")
     say(f"trained for {epochs} on {trained.device}, backend {trained.backend}")
+    if metrics.get("search"):
+        tried = sorted(metrics["search"], key=lambda row: -row["score"])
+        show_frame(pl.DataFrame(tried).drop("seconds"), "tried by the search; NDCG on the validation part")
     if metrics.get("test"):
         table = metrics_frame(metrics["test"], metrics["popularity"])
         show_frame(table, f"test part: {metrics['test_users']:,} users")

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fasttower.config import Config
+from fasttower.config import Config, ResolvedTrainingConfig
 from fasttower.errors import FastTowerError
 from fasttower.model import TwoTower
 from fasttower.run.new_directory import all_or_nothing
@@ -95,7 +95,7 @@ def read_run(path: Path) -> dict[str, Any]:
             "metrics": metrics,
             "known_positives": _read_known_positives(path / "known_positives.safetensors", items.height),
         }
-        _check(**fields)
+        _check(**fields, written=written)
         fields["config"] = fields["config"].resolved(0, 0)  # the check saw that nothing is open
     except (FileNotFoundError, NotADirectoryError) as error:
         if not path.is_dir():
@@ -122,6 +122,9 @@ _FILES = (
 )
 
 
+_RESOLVED = tuple(ResolvedTrainingConfig.__annotations__)
+
+
 def _check(
     model: TwoTower,
     users: pl.DataFrame,
@@ -129,6 +132,7 @@ def _check(
     config: Config,
     metrics: dict[str, Any],
     known_positives: KnownPositives,
+    written: int,
     **_: object,
 ) -> None:
     """Raise ValueError where the parts are not of one run: in what follows rows are found by position."""
@@ -146,8 +150,8 @@ def _check(
             raise ValueError(f"{kind}s.parquet has ids that are missing, there twice, or of type {ids.dtype}")
     if (model.embedding_dim, model.item_bias is not None) != (config.embedding_dim, config.item_bias):
         raise ValueError("config.json is of another model than model.safetensors")
-    sizes = ("embedding_dim", "init_scale", "batch_size")
-    if missing := [name for name in sizes if name not in config.given]:
+    needed = ["embedding_dim", "init_scale", "batch_size"] if written < 3 else _RESOLVED
+    if missing := [name for name in needed if name not in config.given]:
         raise ValueError(f"config.json leaves open: {', '.join(missing)}")
     if not isinstance(metrics.get("settings"), str) or "best_epoch" not in metrics:
         raise ValueError("metrics.json does not say with which settings, and for how many epochs")
@@ -184,7 +188,7 @@ def _checked_format(path: Path, number: Any) -> int:  # noqa: ANN401 - what it i
 
 
 def _epoch_record(line: str) -> EpochRecord:
-    fields = json.loads(line)
+    fields = {"cut": None, **json.loads(line)}
     if "l2" in fields:
         fields["settings"] = f"L2 {fields.pop('l2'):g}"
     return EpochRecord(**fields)

@@ -31,7 +31,7 @@ THOROUGH = (Family("softmax", "in-batch", "dot"), Family("softmax", "mixed", "co
 
 
 def families(given: Mapping[str, Any], *, thorough: bool = False) -> tuple[Family, ...]:
-    """The families that a configuration leaves open; at least one, the standard one first.
+    """The families that a configuration leaves open, at least one; the first one counts without a search.
 
     Args:
         given: the fields of the configuration that have a value.
@@ -44,7 +44,8 @@ def families(given: Mapping[str, Any], *, thorough: bool = False) -> tuple[Famil
 def _fits(family: Family, given: Mapping[str, Any]) -> bool:
     if any(given.get(name, value) != value for name, value in family._asdict().items()):
         return False
-    if not given.keys() & {"l2", "temperature"} <= {family.axis} and "similarity" not in given:
+    axis = "temperature" if "temperature" in given else "l2" if "l2" in given else family.axis
+    if axis != family.axis and "similarity" not in given:
         return False
     needs_own = (
         given["negative_pool"]
@@ -58,7 +59,7 @@ def _fits(family: Family, given: Mapping[str, Any]) -> bool:
 def _completed(given: Mapping[str, Any]) -> Family:
     """Of settings that are none of those tried."""
     negatives = given.get("negatives", "uniform")
-    similarity = given.get("similarity", "cosine" if "temperature" in given else "dot")
-    return Family(
-        given.get("loss", "bce" if negatives in OWN_NEGATIVES else "softmax"), negatives, similarity
-    )
+    shared = negatives not in OWN_NEGATIVES
+    cosine = "temperature" in given or (shared and "l2" not in given)
+    similarity = given.get("similarity", "cosine" if cosine else "dot")
+    return Family(given.get("loss", "softmax" if shared else "bce"), negatives, similarity)

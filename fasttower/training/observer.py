@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fasttower.training.plan import Outcome
+from fasttower.training.search import Trial
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,11 @@ class Observer:
     def on_epoch(self, record: EpochRecord) -> None:
         """Called after each epoch."""
 
-    def on_outcome(self, outcome: Outcome) -> None:
-        """Called after each phase."""
+    def on_phase(self, phase: str, settings: str, epochs: int) -> None:
+        """Called when a phase begins, with its settings in words and the epochs up to which it trains."""
+
+    def on_trial(self, trial: Trial) -> None:
+        """Called when a candidate of a search has been trained further, on all cuts."""
 
     def should_stop(self) -> bool:
         """Asked every so often; True ends the training there."""

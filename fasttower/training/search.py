@@ -2,7 +2,7 @@
 
 Candidates are trained for a few epochs, the better half of them for twice as many, and so on, each going on
 from where it stopped (successive halving). What no longer gains is not trained further. Where the best
-candidate of a family stands at the edge of the values tried, the next value outward is tried too.
+candidate of a family stands at the edge of the values tried, its untried neighbours are tried too.
 
 All decisions are functions of the trials so far, so that a search that was stopped goes on as if it had not
 been.
@@ -15,15 +15,15 @@ the rule of one standard error.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fasttower.config import SMALL_CATALOGUE, Preference, ResolvedTrainingConfig, TrainingConfig
-from fasttower.training.families import OWN_NEGATIVES, Family
+from fasttower.training.families import OWN_NEGATIVES, Family, families
 from fasttower_kernels.settings import LossName, Proposal, Similarity
 
 GRIDS = {
@@ -34,7 +34,7 @@ GRIDS = {
 
 QUICK = {"l2": (0.03, 0.06, 0.12), "temperature": (0.14, 0.4)}
 THOROUGH = {"l2": (0.015, 0.03, 0.06, 0.12, 0.24), "temperature": (0.1, 0.14, 0.2, 0.28, 0.4)}
-STANDARD = {"l2": 0.06, "temperature": 0.2}
+STANDARD_VALUES: dict[str, Sequence[float]] = {"l2": (0.06,), "temperature": (0.2,)}
 """What a search begins with, and the value without one."""
 
 FIRST_RUNG = 4
@@ -133,12 +133,12 @@ class Trial:
         rungs = self.rungs if rung is None else self.rungs[: rung + 1]
         return max((scores for one in rungs for scores in one), key=lambda scores: scores.mean)
 
-    def gains(self, rung: int) -> bool:
-        """Whether going on to this rung has paid: by half a standard error."""
+    def gains(self, rung: int, errors: float) -> bool:
+        """Whether going on to this rung has gained more than so many standard errors."""
         if rung == 0:
             return True
         gain, error = self.best(rung - 1).behind(max(self.rungs[rung], key=lambda scores: scores.mean))
-        return gain > 0.5 * error
+        return gain > errors * error
 
 
 @dataclass(frozen=True)
@@ -147,12 +147,15 @@ class Search:
 
     Attributes:
         start: the candidates to begin with.
+        wider: what is tried when these are done.
         most_epochs: up to which a candidate is trained.
-        opens: whether a value outward of the edge is tried.
-        seconds: of training after which nothing more is begun; None for no limit.
+        opens: whether untried neighbours of the best values are tried.
+        seconds: of training, compilation included, after which no candidate is trained further; None for no
+            limit.
     """
 
     start: tuple[Candidate, ...]
+    wider: tuple[Candidate, ...]
     most_epochs: int
     opens: bool = True
     seconds: float | None = None
@@ -160,24 +163,20 @@ class Search:
     @staticmethod
     def of(config: TrainingConfig, num_items: int) -> Search:
         """The search of a configuration over so many items."""
-        given = config.given
-        dim = given.get("embedding_dim", 32 if num_items <= SMALL_CATALOGUE else 128)
-        grid = QUICK if config.search == "quick" else THOROUGH
-        start = []
-        for family in config.families if config.search != "none" else config.families[:1]:
-            l2, temperature = given.get("l2", 0.0), given.get("temperature", STANDARD["temperature"])
-            candidate = Candidate(*family, l2=l2, temperature=temperature, embedding_dim=dim)
-            if family.axis in given:
-                values: Sequence[float] = (given[family.axis],)
-            else:
-                values = (STANDARD[family.axis],) if config.search == "none" else grid[family.axis]
-            start += [candidate.with_value(value) for value in values]
-        if config.search not in ("none", "quick") and "embedding_dim" not in given:
-            start += [candidate._replace(embedding_dim=2 * dim) for candidate in start]
-        opens = config.search != "none"
+        given, wider = config.given, list[Candidate]()
+        if config.search == "none":
+            start = _candidates(config.families[:1], STANDARD_VALUES, given, num_items)
+        else:
+            start = _candidates(config.families, QUICK, given, num_items)
+            if config.search != "quick":
+                wider = _candidates(families(given, thorough=True), THOROUGH, given, num_items)
+                if "embedding_dim" not in given:
+                    wider += [one._replace(embedding_dim=min(2 * one.embedding_dim, 512)) for one in start]
+        most = MOST_EPOCHS if wider else MOST_EPOCHS // 2
         seconds = None if isinstance(config.search, str) else float(config.search)
-        most = MOST_EPOCHS // 2 if config.search in ("none", "quick") else MOST_EPOCHS
-        return Search(tuple(start), config.epochs or most, opens, seconds)
+        return Search(
+            tuple(start), tuple(wider), config.epochs or most, opens=config.search != "none", seconds=seconds
+        )
 
     def epochs(self, candidate: Candidate, rung: int) -> int:
         """Up to which a candidate is trained in a rung before it is compared with others."""
@@ -196,15 +195,15 @@ class Search:
         for rung in range(max((len(trial.rungs) for trial in trials), default=0)):
             reached = [trial for trial in trials if len(trial.rungs) > rung]
             reached.sort(key=lambda trial: -trial.best(rung).mean)  # stable: the first of equals stays so
-            for candidate in self._outward(reached, rung, tried):
+            for candidate in self._neighbours(reached, rung, tried):
                 return candidate, 0
             for trial in _promoted(reached, rung):
                 ended = self.epochs(trial.candidate, rung) == self.most_epochs
                 if len(trial.rungs) == rung + 1 and not ended:
                     return trial.candidate, rung + 1
-        return None
+        return next(((candidate, 0) for candidate in self.wider if candidate not in tried), None)
 
-    def _outward(self, ranked: Sequence[Trial], rung: int, tried: set[Candidate]) -> Iterator[Candidate]:
+    def _neighbours(self, ranked: Sequence[Trial], rung: int, tried: set[Candidate]) -> Iterator[Candidate]:
         """The untried neighbours of the best trial of each family that is not clearly behind."""
         if not self.opens:
             return
@@ -230,6 +229,24 @@ class Search:
         return {other.value for other in tried if other == candidate.with_value(other.value)}
 
 
+def _candidates(
+    tried: Sequence[Family], values: Mapping[str, Sequence[float]], given: Mapping[str, Any], num_items: int
+) -> list[Candidate]:
+    """Of each family one for each value of its axis, or for the one that is given; standard settings else."""
+    found = []
+    for family in tried:
+        candidate = Candidate(
+            *family,
+            l2=given.get("l2", 0.0),
+            temperature=given.get("temperature", STANDARD_VALUES["temperature"][0]),
+            embedding_dim=given.get("embedding_dim", 32 if num_items <= SMALL_CATALOGUE else 128),
+        )
+        axis = family.axis
+        tried_values = (given[axis],) if axis in given else values[axis]
+        found += [candidate.with_value(value) for value in tried_values]
+    return found
+
+
 def _promoted(ranked: Sequence[Trial], rung: int) -> list[Trial]:
     """Those that go on to the next rung: the better half, and at first the best of each family."""
     kept = [trial for place, trial in enumerate(ranked) if 2 * place < len(ranked)]
@@ -239,7 +256,7 @@ def _promoted(ranked: Sequence[Trial], rung: int) -> list[Trial]:
             if trial.candidate.family not in families:
                 families.add(trial.candidate.family)
                 kept.append(trial)
-    return [trial for trial in kept if trial.gains(rung)]
+    return [trial for trial in kept if trial.gains(rung, 0.0 if trial is ranked[0] else 0.5)]
 
 
 def is_scored(epoch: int, last: int) -> bool:
@@ -262,7 +279,7 @@ def chosen(trials: Sequence[Trial], prefer: Preference) -> tuple[Candidate, Scor
 
     def is_close(trial: Trial) -> bool:
         behind, error = trial.best().behind(best.best())
-        return behind <= TOLERANCE[prefer] * error
+        return math.isfinite(error) and behind <= TOLERANCE[prefer] * error
 
     close = [trial for trial in trials if trial is best or (TOLERANCE[prefer] and is_close(trial))]
     choice = max(close, key=lambda trial: trial.best().coverage)

@@ -200,6 +200,8 @@ class Trainer:
     def _begin(self, phase: Phase) -> _PhaseStep:
         """The model and the training step of a phase."""
         config = self.settings(phase)
+        if not phase.searches:
+            self._paused.clear()
         interactions, known = self._fit if phase.cut is None else self._cuts[phase.cut].training
         if phase.begins_after:
             assert phase.candidate is not None  # only a search goes on
@@ -226,6 +228,7 @@ class Trainer:
         )
         step = _PhaseStep(state, interactions, negatives, settings, config)
         self.progress.step = max(self.progress.step, phase.begins_after * step.per_epoch)
+        self.observer.on_phase(phase.name, str(Candidate.of(config)), phase.epochs)
         return step
 
     def settings(self, phase: Phase) -> ResolvedTrainingConfig:
@@ -253,8 +256,9 @@ class Trainer:
         # The loss was taken before the last updates, which may have been the ones that broke the tables.
         largest = max(float(table.abs().max()) for table in step.state.parameters)
         if not (math.isfinite(train_loss) and largest < _LARGEST_PARAMETER):
+            settings = Candidate.of(self.settings(phase))
             raise TrainingError(
-                f"the training diverged in epoch {epoch} (loss {train_loss:g}, largest parameter "
+                f"the training diverged in epoch {epoch} of {settings} (loss {train_loss:g}, largest parameter "
                 f"{largest:g}); try a --learning-rate below {self.config.learning_rate:g}."
             )
         began = time.perf_counter()
@@ -307,11 +311,16 @@ class Trainer:
             assert self.model is not None
             assert step is not None
             assert phase.candidate is not None
-            self._paused[phase.candidate, phase.cut] = self.model, step.state
+            if phase.epochs < (self.plan.search.most_epochs if self.plan.search else 0):
+                self._paused[phase.candidate, phase.cut] = self.model, step.state
         else:
             progress.best = None  # the model as it is counts
         progress.step, progress.phase_s, progress.scores, self._step = 0, 0.0, [], None
-        self.observer.on_outcome(outcome)
+        if phase.cut == self.plan.cuts - 1 and phase.searches:
+            trials = trials_of(
+                [one for one in progress.outcomes if one.phase.seed == phase.seed], self.plan.cuts
+            )
+            self.observer.on_trial(next(trial for trial in trials if trial.candidate == phase.candidate))
 
     def _trained(self, *, interrupted: bool) -> TrainedModel:
         """The current seed's model as it stands."""
@@ -330,7 +339,8 @@ class Trainer:
             model = self._new_model(self.settings(phase), seed)
             for table, values in zip(model.tables, best.tables, strict=True):
                 table.copy_(values)
-        settings = replace(self.settings(phase), epochs=max(epoch, 1))  # what trains the same model again
+        # What trains the same model again: on the validation part, this is the best epoch of those up to it.
+        settings = replace(self.settings(phase), epochs=max(epoch, 1), search="none")
         return TrainedModel(model, settings, history, trials, epoch, interrupted)
 
     def state(self) -> TrainerState:
