@@ -43,7 +43,7 @@ def test_implicit_is_timed_without_its_evaluation(monkeypatch):
         def metrics(self, model):
             nonlocal now
             now += 100.0
-            return {"NDCG@10": float(model.infer_users()[0, 0])}
+            return {"NDCG@10": float(model.infer_users()[0, 0])}, None
 
     monkeypatch.setitem(against_implicit.MODELS, "implicit BPR", Model)
     monkeypatch.setattr(against_implicit.time, "perf_counter", lambda: now)

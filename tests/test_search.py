@@ -1,5 +1,7 @@
 """The search: which candidate goes on, which is opened, which is chosen."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -104,7 +106,7 @@ def test_what_is_wider_comes_when_the_quick_search_is_over():
     assert set(search.wider) <= set(trials)
 
 
-def test_the_leader_goes_on_for_any_gain_and_others_for_half_a_standard_error():
+def test_what_is_alone_goes_on_for_any_gain_and_others_for_half_a_standard_error():
     search = Search.of(TrainingConfig(l2=0.03, loss="bce"), 100)
     base = scores(4, 0.1, noise=0.05)
     slightly = Scores(8, base.per_user + torch.tensor([0.02, -0.0199]).repeat(200), 0.1)
@@ -112,7 +114,8 @@ def test_the_leader_goes_on_for_any_gain_and_others_for_half_a_standard_error():
     assert 0 < gain < 0.5 * error
     trial = Trial(search.start[0], [[base], [slightly]])
     assert search.next([trial]) == (trial.candidate, 2)
-    assert not trial.gains(1, 0.5)
+    other = Trial(trial.candidate._replace(l2=0.06), [[scores(4, 0.05)]])
+    assert dataclasses.replace(search, opens=False).next([trial, other]) is None
 
 
 def test_nothing_is_begun_after_the_seconds():

@@ -197,7 +197,7 @@ class Search:
             reached.sort(key=lambda trial: -trial.best(rung).mean)  # stable: the first of equals stays so
             for candidate in self._neighbours(reached, rung, tried):
                 return candidate, 0
-            for trial in _promoted(reached, rung):
+            for trial in _promoted(reached, rung, 0.5 if len(trials) > 1 else 0.0):
                 ended = self.epochs(trial.candidate, rung) == self.most_epochs
                 if len(trial.rungs) == rung + 1 and not ended:
                     return trial.candidate, rung + 1
@@ -247,8 +247,8 @@ def _candidates(
     return found
 
 
-def _promoted(ranked: Sequence[Trial], rung: int) -> list[Trial]:
-    """Those that go on to the next rung: the better half, and at first the best of each family."""
+def _promoted(ranked: Sequence[Trial], rung: int, errors: float) -> list[Trial]:
+    """Those that go on: the better half, at first the best of each family too, if they still gain."""
     kept = [trial for place, trial in enumerate(ranked) if 2 * place < len(ranked)]
     if rung == 0:
         families = {trial.candidate.family for trial in kept}
@@ -256,7 +256,7 @@ def _promoted(ranked: Sequence[Trial], rung: int) -> list[Trial]:
             if trial.candidate.family not in families:
                 families.add(trial.candidate.family)
                 kept.append(trial)
-    return [trial for trial in kept if trial.gains(rung, 0.0 if trial is ranked[0] else 0.5)]
+    return [trial for trial in kept if trial.gains(rung, errors)]
 
 
 def is_scored(epoch: int, last: int) -> bool:

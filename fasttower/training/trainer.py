@@ -258,8 +258,8 @@ class Trainer:
         if not (math.isfinite(train_loss) and largest < _LARGEST_PARAMETER):
             settings = Candidate.of(self.settings(phase))
             raise TrainingError(
-                f"the training diverged in epoch {epoch} of {settings} (loss {train_loss:g}, largest parameter "
-                f"{largest:g}); try a --learning-rate below {self.config.learning_rate:g}."
+                f"the training diverged in epoch {epoch} of {settings} (loss {train_loss:g}, largest "
+                f"parameter {largest:g}); try a --learning-rate below {self.config.learning_rate:g}."
             )
         began = time.perf_counter()
         valid_loss, valid, scores = self._validate(phase, step, epoch)
