@@ -17,12 +17,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fasttower.config import SMALL_CATALOGUE, Preference, ResolvedTrainingConfig, TrainingConfig
+from fasttower.config import Preference, ResolvedTrainingConfig, TrainingConfig
 from fasttower.training.families import OWN_NEGATIVES, Family, families
 from fasttower_kernels.settings import LossName, Proposal, Similarity
 
@@ -34,8 +34,7 @@ GRIDS = {
 
 QUICK = {"l2": (0.03, 0.06, 0.12), "temperature": (0.14, 0.4)}
 THOROUGH = {"l2": (0.015, 0.03, 0.06, 0.12, 0.24), "temperature": (0.1, 0.14, 0.2, 0.28, 0.4)}
-STANDARD_VALUES: dict[str, Sequence[float]] = {"l2": (0.06,), "temperature": (0.2,)}
-"""What a search begins with, and the value without one."""
+"""What a quick search begins with, and what a thorough one goes on with."""
 
 FIRST_RUNG = 4
 """Epochs before any candidate is left; half as many with negatives that a block shares, of which a positive
@@ -163,14 +162,14 @@ class Search:
     @staticmethod
     def of(config: TrainingConfig, num_items: int) -> Search:
         """The search of a configuration over so many items."""
-        given, wider = config.given, list[Candidate]()
+        wider: list[Candidate] = []
         if config.search == "none":
-            start = _candidates(config.families[:1], STANDARD_VALUES, given, num_items)
+            start = _candidates(config.families[:1], {}, config, num_items)
         else:
-            start = _candidates(config.families, QUICK, given, num_items)
+            start = _candidates(config.families, QUICK, config, num_items)
             if config.search != "quick":
-                wider = _candidates(families(given, thorough=True), THOROUGH, given, num_items)
-                if "embedding_dim" not in given:
+                wider = _candidates(families(config.given, thorough=True), THOROUGH, config, num_items)
+                if "embedding_dim" not in config.given:
                     wider += [one._replace(embedding_dim=min(2 * one.embedding_dim, 512)) for one in start]
         most = MOST_EPOCHS if wider else MOST_EPOCHS // 2
         seconds = None if isinstance(config.search, str) else float(config.search)
@@ -230,20 +229,16 @@ class Search:
 
 
 def _candidates(
-    tried: Sequence[Family], values: Mapping[str, Sequence[float]], given: Mapping[str, Any], num_items: int
+    tried: Sequence[Family], values: Mapping[str, Sequence[float]], config: TrainingConfig, num_items: int
 ) -> list[Candidate]:
-    """Of each family one for each value of its axis, or for the one that is given; standard settings else."""
+    """Of each family one for each value of its axis, or for the one that is given; what is standard else."""
     found = []
     for family in tried:
-        candidate = Candidate(
-            *family,
-            l2=given.get("l2", 0.0),
-            temperature=given.get("temperature", STANDARD_VALUES["temperature"][0]),
-            embedding_dim=given.get("embedding_dim", 32 if num_items <= SMALL_CATALOGUE else 128),
-        )
-        axis = family.axis
-        tried_values = (given[axis],) if axis in given else values[axis]
-        found += [candidate.with_value(value) for value in tried_values]
+        standard = Candidate.of(config.resolved(0, num_items, **family._asdict()))
+        if family.axis in config.given or not values:
+            found.append(standard)
+        else:
+            found += [standard.with_value(value) for value in values[family.axis]]
     return found
 
 
@@ -251,10 +246,10 @@ def _promoted(ranked: Sequence[Trial], rung: int, errors: float) -> list[Trial]:
     """Those that go on: the better half, at first the best of each family too, if they still gain."""
     kept = [trial for place, trial in enumerate(ranked) if 2 * place < len(ranked)]
     if rung == 0:
-        families = {trial.candidate.family for trial in kept}
+        present = {trial.candidate.family for trial in kept}
         for trial in ranked:
-            if trial.candidate.family not in families:
-                families.add(trial.candidate.family)
+            if trial.candidate.family not in present:
+                present.add(trial.candidate.family)
                 kept.append(trial)
     return [trial for trial in kept if trial.gains(rung, errors)]
 

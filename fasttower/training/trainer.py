@@ -15,7 +15,7 @@ from fasttower.model import TwoTower
 from fasttower.training.data import Cut, TrainingData
 from fasttower.training.observer import EpochRecord, Observer
 from fasttower.training.plan import Outcome, Phase, Plan, trials_of
-from fasttower.training.search import MOST_EPOCHS, Candidate, Scores, Trial, is_scored
+from fasttower.training.search import Candidate, Scores, Trial, is_scored
 from fasttower.training.state import BestEpoch, Paused, Progress, TrainerState
 from fasttower.training.validation import Validation
 from fasttower_kernels.known_positives import KnownPositives
@@ -235,8 +235,7 @@ class Trainer:
         """The configuration with which a phase trains."""
         fit, known = self._fit
         chosen = {} if phase.candidate is None else phase.candidate._asdict()
-        epochs = MOST_EPOCHS if self.plan.search is not None else phase.epochs
-        return self.config.resolved(len(fit), known.num_items, **chosen, epochs=epochs)
+        return self.config.resolved(len(fit), known.num_items, **chosen, epochs=phase.epochs)
 
     def _new_model(self, config: ResolvedTrainingConfig, seed: int) -> TwoTower:
         _, known = self._fit
