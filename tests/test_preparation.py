@@ -446,3 +446,18 @@ def test_a_named_set_comes_from_the_data_root(tmp_path):
 def test_the_data_stage_never_imports_torch():
     code = "import sys, fasttower.data.preparation; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(sys.path)})
+
+
+@pytest.mark.parametrize("split", ["time", "random", "leave-last"])
+def test_few_validation_users_bring_another_cut_within_the_train_of_the_first(split, ratings, monkeypatch):
+    prepared = prepare(ratings, DataConfig(split=split))
+    assert len(prepared.cuts) == 2
+    (first, valid), (second, earlier) = prepared.cuts
+    assert first.equals(prepared.train)
+    assert valid.equals(prepared.valid)
+    assert 0 < len(second) < len(first)
+    assert not earlier.is_empty()
+    pairs = ["user_index", "item_index"]
+    assert len(earlier.join(first, on=pairs, how="semi")) == len(earlier)  # rows of the first cut's train
+    monkeypatch.setattr("fasttower.data.preparation.ENOUGH_USERS", 1)
+    assert len(prepare(ratings, DataConfig(split=split)).cuts) == 1
