@@ -33,6 +33,7 @@ from fasttower_kernels.settings import (
 Split = Literal["time", "random", "leave-last"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Preset = Literal["default", "notebook"]
+InitialVectors = Literal["spectral", "normal"]
 Search = Literal["none", "quick", "thorough"]
 Preference = Literal["accuracy", "balanced", "coverage"]
 
@@ -103,7 +104,7 @@ class TrainingConfig:
     search: Search | float = "quick"
     """How much is tried of what is left open below, by the validation part: quick; thorough, a wider grid; a
     number of seconds, thorough until they are over, compilation included; or none, the standard settings, of
-    which only the epochs are chosen."""
+    which only the epochs are chosen, if they are not given."""
     prefer: Preference = "balanced"
     """Which of the settings tried is chosen: the most accurate one (accuracy), or the one with the largest
     coverage among those within one (balanced) or two (coverage) standard errors of it."""
@@ -112,8 +113,11 @@ class TrainingConfig:
     128, and twice as many in a thorough search."""
     item_bias: bool = True
     """Add a learned bias per item to the logit."""
+    initial_vectors: InitialVectors = "spectral"
+    """Where training begins: normal draws, or draws around the leading singular vectors of the interactions
+    (spectral), from where sparse data take half as many epochs."""
     init_scale: float | None = None
-    """Standard deviation of the initial vectors; 0.1 / sqrt(embedding_dim) if not given."""
+    """Standard deviation of the draws for the initial vectors; 0.1 / sqrt(embedding_dim) if not given."""
     loss: LossName | None = None
     """Loss of a positive and its negatives: binary cross-entropy, gbce (its calibrated form), bpr (pairwise)
     or sampled softmax; if not given, the search tries bce and softmax."""
@@ -159,8 +163,8 @@ class TrainingConfig:
     """Positives in a batch; if not given, the power of two nearest to a hundredth of the interactions before
     the test cut, or to a three-hundredth with negatives that a block shares, from 256 to 65,536."""
     epochs: int | None = None
-    """Passes over the training part; where a validation part chooses, at most so many. If not given, 32 then
-    (64 in a thorough search), else 30."""
+    """Passes over the training part: with --search none exactly so many, else at most so many, of which the
+    validation part chooses. If not given, at most 32 (64 in a thorough search), or 30 without one."""
     refit: bool = True
     """After the validation part has chosen the epoch, train again with its rows included."""
     k: int = 10
@@ -418,6 +422,7 @@ PRESETS: dict[Preset, Config] = {
         valid_fraction=0,
         embedding_dim=16,
         item_bias=False,
+        initial_vectors="normal",
         init_scale=1.0,
         num_negatives=10,
         exclude_known_positives=False,

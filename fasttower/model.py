@@ -71,13 +71,20 @@ class TwoTower(nn.Module):
         self.item_bias = nn.Parameter(torch.zeros(num_items)) if item_bias else None
 
     def initialise(self, seed: int, scale: float) -> TwoTower:
-        """Draw the vectors from N(0, scale^2), on the CPU, so that every device starts alike."""
+        """Draw the vectors from N(0, scale^2), with the same draws on every device."""
         with torch.no_grad():
             for index, tower in enumerate((self.user_tower, self.item_tower)):
                 low, high = derive_key(seed, Purpose.INITIAL_TABLES, index)
                 generator = np.random.Generator(np.random.PCG64([low, high]))
                 draws = generator.standard_normal((tower.num_rows, self.embedding_dim), dtype=np.float32)
                 tower.vectors.copy_(torch.from_numpy(draws).mul_(scale))
+        return self
+
+    def add_directions(self, users: Tensor, items: Tensor, length: float) -> TwoTower:
+        """Add rows (U, D) and (I, D) of length 1, times a length, to the vectors."""
+        with torch.no_grad():
+            for tower, rows in ((self.user_tower, users), (self.item_tower, items)):
+                tower.vectors.add_(rows, alpha=length)
         return self
 
     def infer_users(self, user_index: Tensor | None = None) -> Tensor:

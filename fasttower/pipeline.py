@@ -24,6 +24,7 @@ from fasttower.run import Run
 from fasttower.run.record import Outcome, TrialRow
 from fasttower.training.data import Cut, TrainingData
 from fasttower.training.observer import Observer
+from fasttower.training.plan import Plan
 from fasttower.training.search import Candidate, Trial
 from fasttower.training.trainer import TrainedModel, Trainer
 from fasttower.versions import versions
@@ -100,7 +101,7 @@ def fit(
     with cpu_threads(config.threads) as threads, memory_of(device, _LESS_MEMORY):
         source = config.data if data is None or isinstance(data, str | Path) else data
         prepared = prepare(source, config, config.seed, observer.download_progress())
-        training_data = _enough_to_choose_by(to_training_data(prepared), observer)
+        training_data = _enough_to_choose_by(to_training_data(prepared), config, observer)
         _check_memory(training_data, config, device, backend)
         training_data = training_data.to(device)
         clock.lap("prepare")
@@ -203,15 +204,18 @@ def _choose_where(config: Config, observer: FitObserver) -> tuple[torch.device, 
 
 def trial_row(trial: Trial) -> TrialRow:
     """A trial as ``metrics.json`` has it."""
-    best = trial.best()
-    return {
+    row: TrialRow = {
         "settings": str(trial.candidate),
         "epochs": trial.epochs,
-        "best_epoch": best.epoch,
-        "score": best.mean,
-        "coverage": best.coverage,
+        "best_epoch": None,
+        "score": None,
+        "coverage": None,
         "seconds": trial.seconds,
     }
+    if not trial.diverged:
+        best = trial.best()
+        row |= {"best_epoch": best.epoch, "score": best.mean, "coverage": best.coverage}
+    return row
 
 
 def to_training_data(prepared: PreparedData) -> TrainingData:
@@ -224,14 +228,14 @@ def to_training_data(prepared: PreparedData) -> TrainingData:
     return TrainingData(fit, known, cuts)
 
 
-def _enough_to_choose_by(data: TrainingData, observer: FitObserver) -> TrainingData:
+def _enough_to_choose_by(data: TrainingData, config: Config, observer: FitObserver) -> TrainingData:
     """The parts, without validation cuts that have too few users to tell settings apart."""
+    search = Plan.of(config, data.known_positives.num_items, cuts=1).search
     users = sum(len(cut.valid.user_index.unique()) for cut in data.cuts)
-    if not data.cuts or users >= LEAST_USERS:
+    if search is None or users >= LEAST_USERS or not (data.cuts or len(search.start) > 1):
         return data
-    observer.on_warning(
-        f"the validation part has {users} users, too few to choose by: the standard settings are trained."
-    )
+    found = f"the validation part has {users} users, too few" if data.cuts else "there is no validation part"
+    observer.on_warning(f"{found} to choose settings by: the standard ones are trained.")
     return dataclasses.replace(data, cuts=())
 
 

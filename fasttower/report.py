@@ -164,6 +164,9 @@ class ConsoleObserver(FitObserver):
 
     def on_trial(self, trial: Trial) -> None:
         """Show in one line what a candidate of the search has come to."""
+        if trial.diverged:
+            self._console.print(f"diverged  {trial.candidate}", soft_wrap=True)
+            return
         best = trial.best()
         trained = f"epochs {trial.epochs:2d}  best {best.epoch:2d}  NDCG {best.mean:.4f}"
         line = f"{trained}  coverage {best.coverage:.3f}  {trial.seconds:5.1f} s  {trial.candidate}"

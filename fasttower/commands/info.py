@@ -41,7 +41,7 @@ def run(arguments: Sequence[str]) -> int:
     epochs = counted_noun(metrics["best_epoch"], "epoch")
     say(f"trained for {epochs} on {trained.device}, backend {trained.backend}")
     if metrics.get("search"):
-        tried = sorted(metrics["search"], key=lambda row: -row["score"])
+        tried = sorted(metrics["search"], key=lambda row: -(row["score"] or 0))
         show_frame(pl.DataFrame(tried).drop("seconds"), "tried by the search; NDCG on the validation part")
     if metrics.get("test"):
         table = metrics_frame(metrics["test"], metrics["popularity"])

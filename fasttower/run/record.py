@@ -32,10 +32,11 @@ class TrialRow(TypedDict):
     settings: str
     epochs: int
     """That it was trained for."""
-    best_epoch: int
-    score: float
+    best_epoch: int | None
+    """None where the training diverged."""
+    score: float | None
     """NDCG at the cutoff after the best epoch."""
-    coverage: float
+    coverage: float | None
     """Then."""
     seconds: float
 

@@ -47,11 +47,13 @@ class Outcome:
         phase: the phase.
         scores: of its epochs that were scored.
         seconds: that it took.
+        diverged: whether it ended because the loss or a parameter ceased to be finite.
     """
 
     phase: Phase
     scores: tuple[Scores, ...] = ()
     seconds: float = 0.0
+    diverged: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,15 +61,15 @@ class Plan:
     """The phases of a training, seed by seed.
 
     With a search there are "search" phases on train, until it is over; then "refit" trains the settings that
-    were chosen from scratch, for as many epochs as were best. Otherwise there is one phase on fit.
+    were chosen from scratch, for as many epochs as were best. Otherwise there is one phase.
 
     Attributes:
         seeds: one model per seed.
         epochs: of the one phase where nothing is searched for.
-        search: among which settings; None where there is no validation part to choose on.
+        search: among which settings; None where there is nothing to choose, or no validation part to do it.
         prefer: how to choose.
         cuts: validation cuts that each candidate is trained and scored on.
-        refit: whether the chosen settings are trained on all rows of fit; else on those before the first cut.
+        refit: whether the model is trained on all rows of fit in the end; else on those before the first cut.
         name: of the one phase where nothing is searched for.
     """
 
@@ -83,8 +85,9 @@ class Plan:
     def of(config: TrainingConfig, num_items: int, cuts: int) -> Plan:
         """The plan of a configuration, for data with some validation cuts, or 0."""
         seeds = range(config.seed, config.seed + config.seeds)
-        if not cuts:
-            return Plan(seeds, config.resolved(0, num_items).epochs)
+        if not cuts or (config.search == "none" and config.epochs is not None):
+            epochs = config.resolved(0, num_items).epochs
+            return Plan(seeds, epochs, cuts=cuts, refit=config.refit or not cuts)
         search = Search.of(config, num_items)
         return Plan(seeds, search=search, prefer=config.prefer, cuts=cuts, refit=config.refit)
 
@@ -97,10 +100,20 @@ class Plan:
         for seed in self.seeds:
             done = [outcome for outcome in outcomes if outcome.phase.seed == seed]
             if self.search is None and not done:
-                return Phase(self.name, seed, self.epochs)
+                return Phase(self.name, seed, self.epochs, self._last_cut)
             if self.search is not None and not (done and done[-1].phase.name == "refit"):
                 return self._next_search(self.search, seed, done)
         return None
+
+    @property
+    def cuts_read(self) -> int:
+        """The number of validation cuts whose rows are read."""
+        return self.cuts if self.search is not None else 0 if self.refit else 1
+
+    @property
+    def _last_cut(self) -> int | None:
+        """The part that the model is trained on in the end."""
+        return None if self.refit else 0
 
     def _next_search(self, search: Search, seed: int, done: Sequence[Outcome]) -> Phase:
         """The next phase of a seed with a search, the refit if that is over."""
@@ -108,7 +121,7 @@ class Plan:
         found = search.next(trials)
         if found is None:
             candidate, scores = chosen(trials, self.prefer)
-            return Phase("refit", seed, scores.epoch, None if self.refit else 0, candidate)
+            return Phase("refit", seed, scores.epoch, self._last_cut, candidate)
         candidate, rung = found
         epochs = search.epochs(candidate, rung)
         cut = sum(one.phase.candidate == candidate and one.phase.epochs == epochs for one in done)
@@ -124,10 +137,11 @@ def trials_of(outcomes: Sequence[Outcome], cuts: int) -> list[Trial]:
             by_candidate.setdefault(outcome.phase.candidate, []).append(outcome)
     trials = []
     for candidate, of in by_candidate.items():
-        rungs = []
-        for first in range(0, len(of) - cuts + 1, cuts):
-            at_epochs = zip(*(outcome.scores for outcome in of[first : first + cuts]), strict=True)
+        rungs, diverged = [], of[-1].diverged
+        sound = of[:-1] if diverged else of
+        for first in range(0, len(sound) - cuts + 1, cuts):
+            at_epochs = zip(*(outcome.scores for outcome in sound[first : first + cuts]), strict=True)
             rungs.append([merged(at_epoch) for at_epoch in at_epochs])
-        if rungs:
-            trials.append(Trial(candidate, rungs, sum(one.seconds for one in of)))
+        if rungs or diverged:
+            trials.append(Trial(candidate, rungs, sum(one.seconds for one in of), diverged))
     return trials

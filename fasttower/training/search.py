@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from fasttower.config import Preference, ResolvedTrainingConfig, TrainingConfig
+from fasttower.errors import TrainingError
 from fasttower.training.families import OWN_NEGATIVES, Family, families
 from fasttower_kernels.settings import LossName, Proposal, Similarity
 
@@ -88,11 +89,13 @@ class Scores:
 
     Attributes:
         epoch: after which it was scored, from 1.
+        users: (R,), int64, ascending.
         per_user: (R,), float64: the metric that decides, such as NDCG.
         coverage: share of the training items that were recommended.
     """
 
     epoch: int
+    users: Tensor
     per_user: Tensor
     coverage: float
 
@@ -116,16 +119,18 @@ class Trial:
         candidate: the settings.
         rungs: for each rung that it has been through the scores of its epochs.
         seconds: that it took.
+        diverged: whether its loss or parameters ceased to be finite: it is not trained further, nor chosen.
     """
 
     candidate: Candidate
     rungs: list[list[Scores]]
     seconds: float = 0.0
+    diverged: bool = False
 
     @property
     def epochs(self) -> int:
         """That it was trained for."""
-        return self.rungs[-1][-1].epoch
+        return self.rungs[-1][-1].epoch if self.rungs else 0
 
     def best(self, rung: int | None = None) -> Scores:
         """The best scores up to a rung, or of all; the first of equals."""
@@ -191,8 +196,9 @@ class Search:
         for candidate in self.start:
             if candidate not in tried:
                 return candidate, 0
-        for rung in range(max((len(trial.rungs) for trial in trials), default=0)):
-            reached = [trial for trial in trials if len(trial.rungs) > rung]
+        sound = [trial for trial in trials if not trial.diverged]
+        for rung in range(max((len(trial.rungs) for trial in sound), default=0)):
+            reached = [trial for trial in sound if len(trial.rungs) > rung]
             reached.sort(key=lambda trial: -trial.best(rung).mean)  # stable: the first of equals stays so
             for candidate in self._neighbours(reached, rung, tried):
                 return candidate, 0
@@ -260,16 +266,30 @@ def is_scored(epoch: int, last: int) -> bool:
 
 
 def merged(cuts: Sequence[Scores]) -> Scores:
-    """The scores after one epoch on several cuts as one: of all their users, and the mean coverage."""
+    """The scores after one epoch on several cuts as one: of all their users, and the mean coverage.
+
+    A user of several cuts counts once, by the mean: such scores are not independent of each other.
+    """
+    users, row, counts = torch.cat([scores.users for scores in cuts]).unique(
+        return_inverse=True, return_counts=True
+    )
+    total = torch.zeros(len(users), dtype=torch.float64)
+    total.index_add_(0, row, torch.cat([scores.per_user for scores in cuts]))
     coverage = sum(scores.coverage for scores in cuts) / len(cuts)
-    return Scores(cuts[0].epoch, torch.cat([scores.per_user for scores in cuts]), coverage)
+    return Scores(cuts[0].epoch, users, total / counts, coverage)
 
 
 def chosen(trials: Sequence[Trial], prefer: Preference) -> tuple[Candidate, Scores]:
     """The candidate with the largest coverage within some standard errors of the best score; its best epoch.
 
     Epochs are not compared by coverage: a model that has hardly been trained covers much.
+
+    Raises:
+        TrainingError: all candidates diverged.
     """
+    trials = [trial for trial in trials if not trial.diverged]
+    if not trials:
+        raise TrainingError("the training diverged with all settings tried; try a smaller --learning-rate.")
     best = max(trials, key=lambda trial: trial.best().mean)
 
     def is_close(trial: Trial) -> bool:

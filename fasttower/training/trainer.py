@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from fasttower.training.data import Cut, TrainingData
 from fasttower.training.observer import EpochRecord, Observer
 from fasttower.training.plan import Outcome, Phase, Plan, trials_of
 from fasttower.training.search import Candidate, Scores, Trial, is_scored
+from fasttower.training.spectral import spectral_vectors
 from fasttower.training.state import BestEpoch, Paused, Progress, TrainerState
 from fasttower.training.validation import Validation
 from fasttower_kernels.known_positives import KnownPositives
@@ -26,6 +28,9 @@ from fasttower_kernels.tables import Interactions
 
 # Positives between two looks at the progress callback and at the stop signal, on a CPU.
 _TICK_POSITIVES = 1 << 18
+
+# Of an initial spectral vector, beside that of the random vector that is added to it.
+_SPECTRAL_LENGTH = 3.0
 
 # Products of two larger ones may not be summed in float32.
 _LARGEST_PARAMETER = 1e15
@@ -145,14 +150,20 @@ class Trainer:
         self.model = model
         self._given_model = model
         self._step: _PhaseStep | None = None  # None between phases
-        self._paused: dict[Paused, tuple[TwoTower, TrainState]] = {}  # of the current seed's search
+        self._next: tuple[int, Phase | None] | None = None  # after so many outcomes
+        # On the CPU: those of a long search would fill a GPU.
+        self._paused: dict[Paused, list[Tensor]] = {}  # of the current seed's search
+        self._spectral: dict[tuple[int | None, int], tuple[Tensor, Tensor]] = {}  # by cut and dim, likewise
         self._fit = data.fit, known
-        self._cuts = [_Cut.of(cut, known, config) for cut in data.cuts] if self.plan.search else []
+        self._cuts = [_Cut.of(cut, known, config) for cut in data.cuts[: self.plan.cuts_read]]
 
     @property
     def phase(self) -> Phase | None:
         """The phase to go on with; None when all are done."""
-        return self.plan.next_phase(self.progress.outcomes)
+        done = len(self.progress.outcomes)
+        if self._next is None or self._next[0] != done:
+            self._next = done, self.plan.next_phase(self.progress.outcomes)
+        return self._next[1]
 
     def train(self) -> TrainedModel:
         """Train the model of the next seed, to the end of its phases or to the stop signal.
@@ -193,22 +204,27 @@ class Trainer:
         progress.epoch_s += time.perf_counter() - began
         progress.phase_s += time.perf_counter() - began
         if ended:
-            self._end_epoch(phase, step, epoch)
-        if ended and epoch == phase.epochs:
-            self._end_phase(phase)
+            diverged = not self._end_epoch(phase, step, epoch)
+            if diverged or epoch == phase.epochs:
+                self._end_phase(phase, diverged=diverged)
 
-    def _begin(self, phase: Phase) -> _PhaseStep:
-        """The model and the training step of a phase."""
+    def _begin(self, phase: Phase, tables: list[Tensor] | None = None) -> _PhaseStep:
+        """The model and the training step of a phase, with the tables of a state to go on from."""
         config = self.settings(phase)
         if not phase.searches:
             self._paused.clear()
+            self._spectral.clear()
         interactions, known = self._fit if phase.cut is None else self._cuts[phase.cut].training
-        if phase.begins_after:
+        if phase.begins_after and tables is None:
             assert phase.candidate is not None  # only a search goes on
-            self.model, state = self._paused.pop((phase.candidate, phase.cut))
-        else:
-            self.model = self._given_model or self._new_model(config, phase.seed)
+            tables = self._paused.pop((phase.candidate, phase.cut))
+        if tables is None:
+            self.model = self._given_model or self._new_model(config, phase, known)
             state = TrainState.start(self.model.tables)
+        else:
+            self.model = self._given_model or self._empty_model(config)
+            state = TrainState.start(self.model.tables)
+            _copy(tables, _parts(state))
         negatives = Negatives.of(
             config.negative_settings,
             interactions,
@@ -237,7 +253,20 @@ class Trainer:
         chosen = {} if phase.candidate is None else phase.candidate._asdict()
         return self.config.resolved(len(fit), known.num_items, **chosen, epochs=phase.epochs)
 
-    def _new_model(self, config: ResolvedTrainingConfig, seed: int) -> TwoTower:
+    def _new_model(self, config: ResolvedTrainingConfig, phase: Phase, known: KnownPositives) -> TwoTower:
+        """A model as a phase begins with it; what is known are the positives that it trains on."""
+        model = self._empty_model(config)
+        model.initialise(phase.seed, config.init_scale)
+        if config.initial_vectors == "spectral":
+            key = phase.cut, config.embedding_dim
+            if key not in self._spectral:
+                self._spectral[key] = spectral_vectors(known, config.embedding_dim, phase.seed)
+            length = _SPECTRAL_LENGTH * config.init_scale * math.sqrt(config.embedding_dim)
+            model.add_directions(*self._spectral[key], length)
+        return model
+
+    def _empty_model(self, config: ResolvedTrainingConfig) -> TwoTower:
+        """A model of zeros, on the device of the data."""
         _, known = self._fit
         model = TwoTower(
             known.num_users,
@@ -246,15 +275,21 @@ class Trainer:
             item_bias=config.item_bias,
             temperature=config.loss_settings.norm_temperature,
         )
-        return model.initialise(seed, config.init_scale).to(known.items.device)
+        return model.to(known.items.device)
 
-    def _end_epoch(self, phase: Phase, step: _PhaseStep, epoch: int) -> None:
-        """Check the model, score it where the phase chooses, and record the epoch."""
+    def _end_epoch(self, phase: Phase, step: _PhaseStep, epoch: int) -> bool:
+        """Score the model where the phase chooses, and record the epoch; False if the training diverged.
+
+        Raises:
+            TrainingError: it diverged, and nothing else is to be tried.
+        """
         progress, num_rows = self.progress, len(step.interactions)
         train_loss = step.mean(progress.loss)
         # The loss was taken before the last updates, which may have been the ones that broke the tables.
         largest = max(float(table.abs().max()) for table in step.state.parameters)
         if not (math.isfinite(train_loss) and largest < _LARGEST_PARAMETER):
+            if phase.searches and self.plan.search is not None and self.plan.search.opens:
+                return False  # others may do better
             settings = Candidate.of(self.settings(phase))
             raise TrainingError(
                 f"the training diverged in epoch {epoch} of {settings} (loss {train_loss:g}, largest "
@@ -285,6 +320,7 @@ class Trainer:
         progress.history.append(record)
         progress.loss = progress.epoch_s = 0.0
         self.observer.on_epoch(record)
+        return True
 
     def _validate(
         self, phase: Phase, step: _PhaseStep, epoch: int
@@ -299,23 +335,28 @@ class Trainer:
             self.model, step.settings.loss, step.negatives, seed=phase.seed, backend=self.config.backend
         )
         metrics, ndcg = validation.metrics(self.model)
-        return loss, metrics, Scores(epoch, ndcg, metrics[f"Coverage@{self.config.k}"])
+        return (
+            loss,
+            metrics,
+            Scores(epoch, validation.users.cpu(), ndcg, metrics[f"Coverage@{self.config.k}"]),
+        )
 
-    def _end_phase(self, phase: Phase) -> None:
+    def _end_phase(self, phase: Phase, *, diverged: bool) -> None:
         """Record the outcome of a phase; the next step begins the next one."""
         progress, step = self.progress, self._step
-        outcome = Outcome(phase, tuple(progress.scores), progress.phase_s)
+        outcome = Outcome(phase, tuple(progress.scores), progress.phase_s, diverged)
         progress.outcomes.append(outcome)
         if phase.searches:
-            assert self.model is not None
             assert step is not None
             assert phase.candidate is not None
-            if phase.epochs < (self.plan.search.most_epochs if self.plan.search else 0):
-                self._paused[phase.candidate, phase.cut] = self.model, step.state
+            assert self.plan.search is not None
+            if phase.epochs < self.plan.search.most_epochs and not diverged:
+                self._paused[phase.candidate, phase.cut] = [part.cpu() for part in _parts(step.state)]
         else:
             progress.best = None  # the model as it is counts
         progress.step, progress.phase_s, progress.scores, self._step = 0, 0.0, [], None
-        if phase.cut == self.plan.cuts - 1 and phase.searches:
+        progress.loss = progress.epoch_s = 0.0
+        if phase.searches and (diverged or phase.cut == self.plan.cuts - 1):
             trials = trials_of(
                 [one for one in progress.outcomes if one.phase.seed == phase.seed], self.plan.cuts
             )
@@ -335,42 +376,28 @@ class Trainer:
             epoch = history[-1].epoch if history else 0
         else:
             phase, epoch = best.phase, best.epoch
-            model = self._new_model(self.settings(phase), seed)
-            for table, values in zip(model.tables, best.tables, strict=True):
-                table.copy_(values)
+            model = self._empty_model(self.settings(phase))
+            _copy(best.tables, model.tables)
         # What trains the same model again: on the validation part, this is the best epoch of those up to it.
         settings = replace(self.settings(phase), epochs=max(epoch, 1), search="none")
         return TrainedModel(model, settings, history, trials, epoch, interrupted)
 
     def state(self) -> TrainerState:
         """A copy of all that is needed to go on."""
-        paused = {key: _copies(state) for key, (_, state) in self._paused.items()}
-        return TrainerState(self.progress.copy(), [table.clone() for table in self._tables()], paused)
+        tables = [table.clone() for table in self._tables()]
+        return TrainerState(self.progress.copy(), tables, dict(self._paused))
 
     def load(self, state: TrainerState) -> None:
         """Go on from the state of a trainer of the same data, configuration and plan."""
         self.progress = state.progress.copy()
         phase = self.phase
-        self._paused = {
-            candidate: self._resumed(candidate, tables) for candidate, tables in state.paused.items()
-        }
+        self._paused = dict(state.paused)
         if phase is not None and self.progress.step:
-            begun = replace(phase, begins_after=0)  # its tables are those of the state
-            self._step = self._begin(begun)
+            self._step = self._begin(phase, state.tables)
         elif state.tables:
             last = self.progress.outcomes[-1].phase
-            self.model = self._given_model or self._new_model(self.settings(last), last.seed)
-        for table, values in zip(self._tables(), state.tables, strict=True):
-            table.copy_(values)
-
-    def _resumed(self, key: Paused, tables: list[Tensor]) -> tuple[TwoTower, TrainState]:
-        """A candidate's model and state with given contents."""
-        phase = Phase("search", self.config.seed, 1, candidate=key[0])
-        model = self._new_model(self.settings(phase), phase.seed)
-        state = TrainState.start(model.tables)
-        for table, values in zip(_parts(state), tables, strict=True):
-            table.copy_(values)
-        return model, state
+            self.model = self._given_model or self._empty_model(self.settings(last))
+            _copy(state.tables, self.model.tables)
 
     def _tables(self) -> list[Tensor]:
         """What a `TrainerState` holds of the current model, in its order."""
@@ -379,9 +406,10 @@ class Trainer:
         return [] if self.model is None else list(self.model.tables)
 
 
+def _copy(values: Sequence[Tensor], tables: Iterable[Tensor]) -> None:
+    for table, value in zip(tables, values, strict=True):
+        table.copy_(value)
+
+
 def _parts(state: TrainState) -> list[Tensor]:
     return [*state.parameters, *state.moments_1, *state.moments_2]
-
-
-def _copies(state: TrainState) -> list[Tensor]:
-    return [table.clone() for table in _parts(state)]
