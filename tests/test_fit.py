@@ -334,7 +334,7 @@ def test_popularity_on_movielens_is_the_published_row(ml_100k):
 
 def test_too_few_validation_users_choose_nothing(ratings):
     few = ratings.filter(pl.col("user").is_in(["000", "001", "002"]))
-    with pytest.warns(UserWarning, match=r"validation part has \d users, too few to choose by"):
+    with pytest.warns(UserWarning, match=r"validation part has \d users, too few to choose settings by"):
         run = fasttower.fit(few, dataclasses.replace(CONFIG, epochs=2))
     assert {record.phase for record in run.history} == {"train"}
     assert len(run.history) == 2

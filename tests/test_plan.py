@@ -8,7 +8,8 @@ from fasttower.config import TrainingConfig
 from fasttower.training.plan import Outcome, Phase, Plan, trials_of
 from fasttower.training.search import Scores
 
-CONFIG = TrainingConfig(seed=7, epochs=30, search="none")
+CONFIG = TrainingConfig(seed=7, epochs=30, loss="bce", l2=0.06)
+"""Of which one candidate is left."""
 
 
 def scored(phase, score_at):
@@ -16,7 +17,15 @@ def scored(phase, score_at):
     epochs = range(phase.begins_after + 1, phase.epochs + 1) if phase.searches else ()
     return Outcome(
         phase,
-        tuple(Scores(epoch, torch.full((4,), score_at(phase, epoch)).double(), 0.5) for epoch in epochs),
+        tuple(
+            Scores(
+                epoch,
+                torch.arange(4) + 4 * (phase.cut or 0),
+                torch.full((4,), score_at(phase, epoch)).double(),
+                0.5,
+            )
+            for epoch in epochs
+        ),
     )
 
 
@@ -73,6 +82,28 @@ def test_a_trial_is_one_when_all_its_cuts_are_done():
 def test_without_a_validation_part_there_is_one_phase():
     assert phases(Plan.of(CONFIG, 100, cuts=0)) == [Phase("train", 7, 30)]
     assert phases(Plan.of(dataclasses.replace(CONFIG, epochs=None), 100, cuts=0)) == [Phase("train", 7, 30)]
+
+
+def test_epochs_that_are_given_are_trained_exactly_where_nothing_is_searched_for():
+    exact = dataclasses.replace(CONFIG, search="none")
+    assert phases(Plan.of(exact, 100, cuts=1)) == [Phase("train", 7, 30)]
+    assert phases(Plan.of(dataclasses.replace(exact, refit=False), 100, cuts=2)) == [
+        Phase("train", 7, 30, cut=0)
+    ]
+    open_ = dataclasses.replace(exact, epochs=None)
+    assert {phase.name for phase in phases(Plan.of(open_, 100, cuts=1))} == {"search", "refit"}
+
+
+def test_what_diverges_ends_and_its_other_cuts_are_left_out():
+    plan = Plan.of(TrainingConfig(), 100, cuts=2)
+    first = plan.next_phase([])
+    gone = dataclasses.replace(scored(first, lambda *_: 0.9), diverged=True)
+    second = plan.next_phase([gone])
+    assert second.candidate != first.candidate
+    assert second.cut == 0
+    (trial,) = trials_of([gone], 2)
+    assert trial.diverged
+    assert not trial.rungs
 
 
 def test_each_seed_searches_for_itself():

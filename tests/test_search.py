@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fasttower.config import Config, TrainingConfig
+from fasttower.errors import TrainingError
 from fasttower.training.families import IN_BATCH, STANDARD
 from fasttower.training.search import (
     Candidate,
@@ -25,7 +26,7 @@ def scores(epoch, mean, coverage=0.1, noise=0.0, users=400):
     """Of users whose scores differ from those of other candidates by some noise."""
     generator = torch.Generator().manual_seed(hash((epoch, mean)) % 1000)
     per_user = mean + noise * torch.randn(users, generator=generator, dtype=torch.float64)
-    return Scores(epoch, per_user - per_user.mean() + mean, coverage)
+    return Scores(epoch, torch.arange(users), per_user - per_user.mean() + mean, coverage)
 
 
 def trials_until_the_end(search, score_at):
@@ -109,7 +110,7 @@ def test_what_is_wider_comes_when_the_quick_search_is_over():
 def test_what_is_alone_goes_on_for_any_gain_and_others_for_half_a_standard_error():
     search = Search.of(TrainingConfig(l2=0.03, loss="bce"), 100)
     base = scores(4, 0.1, noise=0.05)
-    slightly = Scores(8, base.per_user + torch.tensor([0.02, -0.0199]).repeat(200), 0.1)
+    slightly = Scores(8, base.users, base.per_user + torch.tensor([0.02, -0.0199]).repeat(200), 0.1)
     gain, error = base.behind(slightly)
     assert 0 < gain < 0.5 * error
     trial = Trial(search.start[0], [[base], [slightly]])
@@ -143,19 +144,49 @@ def test_coverage_decides_among_those_within_some_standard_errors(prefer, expect
     base = scores(1, 0.2, coverage=0.1)
     error = torch.tensor([1.0, -1.0]).repeat(200).double() * 0.02
     behind = {2: 0.0009, 3: 0.0019, 4: 0.003}
-    others = {epoch: Scores(epoch, base.per_user - by + error, epoch / 10) for epoch, by in behind.items()}
+    others = {
+        epoch: Scores(epoch, base.users, base.per_user - by + error, epoch / 10)
+        for epoch, by in behind.items()
+    }
     trials = [
-        Trial(BCE, [[base, Scores(9, base.per_user - 0.0001, 0.9)]]),  # an epoch is not chosen by coverage
+        Trial(
+            BCE, [[base, Scores(9, base.users, base.per_user - 0.0001, 0.9)]]
+        ),  # an epoch is not chosen by coverage
         *(Trial(COSINE._replace(temperature=1.0 * epoch), [[one]]) for epoch, one in others.items()),
     ]
     assert chosen(trials, prefer)[1].epoch == expected
 
 
-def test_scores_of_cuts_are_those_of_all_their_users():
-    left, right = scores(2, 0.1, coverage=0.2, users=10), scores(2, 0.4, coverage=0.4, users=20)
+def test_scores_of_cuts_are_those_of_all_their_users_each_once():
+    left = Scores(2, torch.tensor([3, 5, 9]), torch.tensor([0.1, 0.2, 0.3]).double(), 0.2)
+    right = Scores(2, torch.tensor([4, 5]), torch.tensor([0.6, 0.8]).double(), 0.4)
     together = merged([left, right])
-    assert together.mean == pytest.approx(0.3)
+    assert together.users.tolist() == [3, 4, 5, 9]
+    assert together.per_user.tolist() == pytest.approx([0.1, 0.6, 0.5, 0.3])
     assert together.coverage == pytest.approx(0.3)
+    assert merged([left]).per_user.equal(left.per_user)
+
+
+def test_what_diverged_is_not_trained_further_nor_chosen():
+    search = Search.of(TrainingConfig(), 100)
+    trials = [Trial(one, [[scores(4, 0.1)]]) for one in search.start]
+    trials[2] = Trial(search.start[2], [[scores(4, 0.9)]], diverged=True)
+    trials[4] = Trial(search.start[4], [], diverged=True)
+    gone = {trials[2].candidate, trials[4].candidate}
+    for _ in range(20):
+        found = search.next(trials)
+        if found is None:
+            break
+        candidate, rung = found
+        assert candidate not in gone
+        known = next((trial for trial in trials if trial.candidate == candidate), None)
+        if known is None:
+            trials.append(Trial(candidate, [[scores(4, 0.1)]]))
+        else:
+            known.rungs.append([scores(8 << rung, 0.1)])
+    assert chosen(trials, "accuracy")[0] not in gone
+    with pytest.raises(TrainingError, match="all settings tried"):
+        chosen([trials[2], trials[4]], "accuracy")
 
 
 def test_a_candidate_is_fields_of_a_configuration():

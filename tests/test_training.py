@@ -13,6 +13,7 @@ from fasttower.model import TwoTower
 from fasttower.training.data import Cut, TrainingData
 from fasttower.training.observer import Observer
 from fasttower.training.plan import Plan
+from fasttower.training.spectral import spectral_vectors
 from fasttower.training.trainer import Trainer
 from fasttower.training.validation import Validation
 from fasttower_kernels.known_positives import KnownPositives
@@ -123,9 +124,27 @@ def test_the_validation_part_chooses_the_settings(data):
 def test_the_chosen_settings_train_the_same_model_again(data):
     trained = searched(data)
     again = train(data, trained.settings)
-    assert len(again.trials) == 1
+    assert not again.trials
     for left, right in zip(trained.model.tables, again.model.tables, strict=True):
         assert left.equal(right)
+
+
+def test_a_setting_that_diverges_is_left_out(data, monkeypatch):
+    monkeypatch.setattr("fasttower.training.search.QUICK", {"l2": (1e38, 0.03)})
+    trained = train(data, config_with(loss="bce", l2=None))
+    assert [trial.diverged for trial in trained.trials][:2] == [True, False]
+    assert trained.settings.l2 != 1e38
+    assert all(table.isfinite().all() for table in trained.model.tables)
+
+
+def test_training_begins_at_the_directions_of_the_part_that_it_reads(data):
+    config = config_with(search="none", loss="bce", epochs=1, learning_rate=1e-9, init_scale=1e-3)
+    model = train(data, config).model
+    directions = spectral_vectors(data.known_positives, 4, config.seed)
+    for tower, rows in zip((model.user_tower, model.item_tower), directions, strict=True):
+        assert torch.nn.functional.cosine_similarity(tower.vectors, rows).min() > 0.5
+    normal = train(data, dataclasses.replace(config, initial_vectors="normal")).model
+    assert torch.nn.functional.cosine_similarity(normal.item_tower.vectors, directions[1]).mean() < 0.5
 
 
 def test_candidates_that_wait_are_kept_until_the_search_is_over(data):
