@@ -140,7 +140,7 @@ def test_a_run_can_be_repeated_from_its_config(csv, tmp_path):
         (["--epochs", "many"], "--epochs"),
         (["--epochs", "0"], "--epochs is 0"),
         (["--split", "by-hand"], "by-hand"),
-        (["--preset", "fast"], "--preset is fast"),
+        (["--preset", "fast"], "--preset is 'fast'"),
         (["--preset"], "--preset"),
         (["--data", "/no/such/file.csv"], "/no/such/file.csv"),
         (["--config", "/no/such/config.json"], "/no/such/config.json"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -14,7 +15,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 from fasttower.console import Console
-from fasttower.errors import FastTowerError
+from fasttower.errors import FastTowerError, quoted, shown
+from fasttower.files import check_regular
 
 SHOWN_ROWS = 50
 
@@ -28,9 +30,14 @@ def check_output(path: Path | None) -> None:
     if path is None:
         return
     if path.suffix.lower() not in _WRITERS:
-        raise FastTowerError(f"--output is {path}; expected a name that ends in {', '.join(_WRITERS)}.")
-    if path.is_dir() or not path.resolve().parent.is_dir():
-        raise FastTowerError(f"--output {path} cannot be written: there is no folder for it, or it is one.")
+        raise FastTowerError(
+            f"--output is {quoted(path)}; expected a name that ends in {', '.join(_WRITERS)}."
+        )
+    target = Path(os.path.realpath(path))
+    if target.exists():
+        check_regular(target, f"--output {shown(path)}")
+    if not target.parent.is_dir():
+        raise FastTowerError(f"--output {shown(path)} cannot be written: there is no folder for it.")
 
 
 def write_frames(frames: Iterator[pl.DataFrame], path: Path) -> int:
@@ -43,7 +50,7 @@ def write_frames(frames: Iterator[pl.DataFrame], path: Path) -> int:
     Raises:
         FastTowerError: the file cannot be written; and whatever the frames raise.
     """
-    path = path.resolve()  # what a link points to is what is replaced
+    path = Path(os.path.realpath(path))  # what a link points to is what is replaced
     count = 0
     failure: BaseException | None = None
 
@@ -66,7 +73,7 @@ def write_frames(frames: Iterator[pl.DataFrame], path: Path) -> int:
         if failure is not None:
             raise failure from None
         reason = str(error).strip().split("\n", maxsplit=1)[0]
-        raise FastTowerError(f"--output {path} cannot be written: {reason}.") from error
+        raise FastTowerError(f"--output {shown(path)} cannot be written: {shown(reason)}.") from error
     return count
 
 

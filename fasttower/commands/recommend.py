@@ -7,16 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import polars as pl
-import tyro
 
 from fasttower.cli import parse
-from fasttower.commands.inputs import bytes_from_text, ids_from_file, ids_from_words, with_columns
+from fasttower.commands.inputs import RunFlags, bytes_from_text, ids_from_file, ids_from_words, with_columns
 from fasttower.commands.output import check_output, counted, say, show_frame, warn, write_frames
 from fasttower.config import Device
 from fasttower.data.later_rows import positives, read_later_rows
 from fasttower.errors import FastTowerError
 from fasttower.retrieval.ids import IdMap, Unknown
-from fasttower.run import Run, load_run
+from fasttower.run import Run
 from fasttower_kernels.topk import Scoring
 
 DESCRIPTION = (
@@ -27,11 +26,9 @@ _SHOWN_USERS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Flags:
+class Flags(RunFlags):
     """What to recommend, to whom, and where to write it."""
 
-    run: tyro.conf.Positional[Path]
-    """The run directory."""
     user: tuple[str, ...] = ()
     """Ids of users to recommend to."""
     users: Path | None = None
@@ -71,7 +68,7 @@ def run(arguments: Sequence[str]) -> int:
     budget = bytes_from_text(flags.memory_budget)
     if flags.new is not None and (flags.user or flags.users):
         raise FastTowerError("--new is given with --user or --users; give one of them.")
-    trained = load_run(flags.run, flags.device)
+    trained = flags.load(flags.device)
     columns = flags.user_column, flags.item_column, flags.rating_column
     asked = with_columns(trained, flags.new, *columns).config
     deny, allow = (_items(file, trained, asked.item_column) for file in (flags.deny, flags.allow))

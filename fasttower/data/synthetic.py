@@ -34,7 +34,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fasttower.errors import FastTowerError
+from fasttower.errors import FastTowerError, quoted
 from fasttower_kernels.philox import Purpose, derive_key
 
 __all__ = [
@@ -218,7 +218,9 @@ def generate(name: str, seed: int) -> SyntheticData:
         FastTowerError: no shape has that name.
     """
     if name not in SHAPES:
-        raise FastTowerError(f"unknown synthetic data set {name!r}, expected one of {', '.join(SHAPES)}")
+        raise FastTowerError(
+            f"unknown synthetic data set {quoted(name)}, expected one of {', '.join(SHAPES)}"
+        )
     return generate_shape(SHAPES[name], seed)
 
 
