@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -17,7 +18,7 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, 
 import tyro
 
 from fasttower import __version__
-from fasttower.errors import MESSAGE_LENGTH, FastTowerError, TrainingError, quoted, shown
+from fasttower.errors import MESSAGE_LENGTH, FastTowerError, TrainingError, quoted, reason, shown
 from fasttower.typed import in_words
 
 Flags = TypeVar("Flags")
@@ -106,7 +107,8 @@ def guarded(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -
         return 0
     except OSError as error:
         _discard_stdout()
-        return fail(f"reading or writing failed: {error}.")
+        where = "" if error.filename is None else f" {shown(error.filename)}"
+        return fail(f"reading or writing{where} failed: {reason(error)}.")
     except MemoryError as error:
         return fail(
             f"there is not enough memory ({str(error) or 'of the process'}); free some, or take less."
@@ -177,22 +179,33 @@ def parse(
 
 
 def _check_values(flags: type[object], arguments: Sequence[str]) -> None:
-    """Check the values of flags that take numbers or one of several words.
+    """Check the names of flags, and the values of those that take numbers or one of several words.
 
     tyro's own words for these name Python's types, and the choices in no order.
     """
     hints = get_type_hints(flags, include_extras=True)
     for place, argument in enumerate(arguments):
         name, given, value = argument.partition("=")
-        hint = hints.get(name.removeprefix("--").replace("-", "_"))
-        if hint is None or not name.startswith("--"):
+        if not name.startswith("--"):
             continue
+        field = name.removeprefix("--").replace("-", "_")
+        if field not in hints:
+            if field.removeprefix("no_") not in hints and field != "help":
+                near = get_close_matches(shown(name, 60), [_flag(known) for known in hints], 1)
+                hint = f"did you mean {near[0]}?" if near else "--help has all."
+                raise FastTowerError(f"there is no flag {shown(name, 60)}; {hint}")
+            continue
+        hint = hints[field]
         if not given:
             if place + 1 == len(arguments):
                 continue
             value = arguments[place + 1]
         if not _is_read_as(value, hint):
             raise FastTowerError(f"{name} is {quoted(value)}; expected {in_words(hint)}.")
+
+
+def _flag(field: str) -> str:
+    return "--" + field.replace("_", "-")
 
 
 def _is_read_as(value: str, hint: Any) -> bool:  # noqa: ANN401 - annotations have no type

@@ -14,7 +14,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
-from fasttower.errors import FastTowerError, listed, quoted, shown
+from fasttower.errors import FastTowerError, listed, quoted, reason, shown
 from fasttower.training.families import OWN_NEGATIVES, Family, families
 from fasttower.typed import in_words, is_of
 from fasttower_kernels.settings import (
@@ -363,7 +363,9 @@ class Config(TrainingConfig, DataConfig):
                 merged["l2"] = merged["l2"][0] if len(merged["l2"]) == 1 else None
             return cls(**merged) if base is None else dataclasses.replace(base, **merged)
         except TypeError as error:
-            raise FastTowerError(f"the configuration has a value of the wrong type: {error}.") from error
+            raise FastTowerError(
+                f"the configuration has a value of the wrong type: {reason(error)}."
+            ) from error
 
     def to_json(self, *, device: str, backend: str) -> dict[str, Any]:
         """The fields of a ``config.json``: what was asked for, and the device and backend that were used."""

@@ -3,9 +3,26 @@
 import operator
 from typing import Any
 
-from fasttower_kernels.errors import MESSAGE_LENGTH, FastTowerError, TrainingError, listed, quoted, shown
+from fasttower_kernels.errors import (
+    MESSAGE_LENGTH,
+    FastTowerError,
+    TrainingError,
+    listed,
+    quoted,
+    reason,
+    shown,
+)
 
-__all__ = ["MESSAGE_LENGTH", "FastTowerError", "TrainingError", "listed", "quoted", "shown", "whole_number"]
+__all__ = [
+    "MESSAGE_LENGTH",
+    "FastTowerError",
+    "TrainingError",
+    "listed",
+    "quoted",
+    "reason",
+    "shown",
+    "whole_number",
+]
 
 
 def whole_number(name: str, value: Any) -> int:  # noqa: ANN401 - what it is, is looked at here

@@ -11,7 +11,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-from fasttower.errors import FastTowerError, quoted, shown
+from fasttower.errors import FastTowerError, quoted, reason, shown
 
 _KINDS = {
     stat.S_IFDIR: "a folder",
@@ -41,7 +41,7 @@ def as_path(path: Any, what: str = "the path") -> Path:  # noqa: ANN401 - what i
         return Path(text).expanduser()
     except (RuntimeError, UnicodeEncodeError) as error:
         raise FastTowerError(
-            f"{what} {shown(text)} is none that can be read: {error}; give another."
+            f"{what} {shown(text)} is none that can be read: {reason(error)}; give another."
         ) from error
 
 
@@ -91,11 +91,12 @@ def temporary_folder() -> Iterator[Path]:
     """
     asked = os.environ.get("TMPDIR")
     try:
-        # Python would go on to another place without a word.
-        with tempfile.TemporaryDirectory(prefix="fasttower-", dir=asked or None) as folder:
-            yield Path(folder)
-    except FileNotFoundError as error:
-        if asked and Path(asked).is_dir():
-            raise
-        where = f"TMPDIR is {shown(asked)}, which is no folder" if asked else "there is no temporary folder"
-        raise FastTowerError(f"{where}; set TMPDIR to one that can be written.") from error
+        # Where TMPDIR cannot be written Python would go on to another place without a word.
+        made = tempfile.TemporaryDirectory(prefix="fasttower-", dir=asked or None)
+    except OSError as error:
+        where = f"in TMPDIR, {shown(asked)}," if asked else "for temporary files"
+        raise FastTowerError(
+            f"no folder can be made {where} ({reason(error)}); set TMPDIR to a folder that can be written."
+        ) from error
+    with made as folder:
+        yield Path(folder)

@@ -21,7 +21,7 @@ import tyro
 from fasttower import __version__
 from fasttower.cli import EXIT_INTERRUPTED, end, guarded, parse
 from fasttower.config import PRESETS, Config, Preset
-from fasttower.errors import FastTowerError, quoted, shown
+from fasttower.errors import FastTowerError, quoted, reason, shown
 from fasttower.json_files import read_object
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def read_flags(arguments: Sequence[str]) -> TrainFlags:
             values = read_object(known.config)
         except (OSError, ValueError) as error:
             raise FastTowerError(
-                f"--config {shown(known.config)} cannot be read as JSON: {error}."
+                f"--config {shown(known.config)} cannot be read as JSON: {reason(error)}."
             ) from error
         base = Config.from_json(values, base)
     fields = {field.name: getattr(base, field.name) for field in dataclasses.fields(Config)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from pathlib import Path
 from types import NoneType
 from typing import (
     Annotated,
@@ -84,5 +85,12 @@ def in_words(hint: Any) -> str:  # noqa: ANN401
         words = [in_words(part) for part in parts]
         # "one of a or b or a number" would be choices of choices.
         return " or ".join(words) if len(words) == 1 else " or ".join(words).removeprefix("one of ")
-    known = {int: "a whole number", float: "a number", str: "text", bool: "true or false", dict: "an object"}
+    known = {
+        int: "a whole number",
+        float: "a number",
+        str: "text",
+        Path: "a path",
+        bool: "true or false",
+        dict: "an object",
+    }
     return known.get(hint, hint.__name__)

@@ -15,7 +15,7 @@ import tyro
 
 from fasttower.data.columns import check_named, find_id_column
 from fasttower.data.sources import open_table
-from fasttower.errors import FastTowerError, quoted, shown, whole_number
+from fasttower.errors import FastTowerError, quoted, reason, shown, whole_number
 from fasttower.files import check_regular, open_regular
 from fasttower.run import Run, load_run
 
@@ -79,8 +79,7 @@ def ids_from_file(path: Path, id_map: pl.DataFrame, asked: str | None) -> pl.Ser
             )
         ids = rows.select(pl.col(name).alias(column)).collect().to_series().drop_nulls()
     except (OSError, UnicodeDecodeError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
-        reason = str(error).strip().split("\n", maxsplit=1)[0]
-        raise FastTowerError(f"{shown(path)} cannot be read as a list of ids ({shown(reason)}).") from error
+        raise FastTowerError(f"{shown(path)} cannot be read as a list of ids ({reason(error)}).") from error
     return _as_in_run(ids, id_map, str(path))
 
 

@@ -15,7 +15,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from fasttower.console import Console
-from fasttower.errors import FastTowerError, quoted, shown
+from fasttower.errors import FastTowerError, quoted, reason, shown
 from fasttower.files import check_regular
 
 SHOWN_ROWS = 50
@@ -72,8 +72,7 @@ def write_frames(frames: Iterator[pl.DataFrame], path: Path) -> int:
     except (OSError, pl.exceptions.PolarsError) as error:
         if failure is not None:
             raise failure from None
-        reason = str(error).strip().split("\n", maxsplit=1)[0]
-        raise FastTowerError(f"--output {shown(path)} cannot be written: {shown(reason)}.") from error
+        raise FastTowerError(f"--output {shown(path)} cannot be written: {reason(error)}.") from error
     return count
 
 

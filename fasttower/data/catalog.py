@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any, Protocol
 
-from fasttower.errors import FastTowerError, quoted, shown
+from fasttower.errors import FastTowerError, quoted, reason, shown
 
 ADDRESS = "https://files.grouplens.org/datasets/movielens"
 
@@ -70,7 +70,7 @@ def find_or_download(name: str, data_root: Path | None = None, on_download: Prog
                     return folder / candidate
             except OSError as error:
                 raise FastTowerError(
-                    f"the data folder {shown(folder)} cannot be looked into ({error.strerror});"
+                    f"the data folder {shown(folder)} cannot be looked into ({reason(error)});"
                     " name another with --data-root"
                 ) from error
     return _download(name, cache, on_download)
@@ -94,9 +94,9 @@ def _download(name: str, folder: Path, on_download: Progress | None) -> Path:
     except (OSError, ValueError) as error:  # requests' errors are OSErrors; a wrong checksum is a ValueError
         # requests' own words for a missing network are three exceptions inside each other.
         offline = getattr(error, "response", error) is None
-        reason = "no connection" if offline else str(error).strip().split("\n", maxsplit=1)[0]
+        why = "no connection" if offline else reason(error)
         raise FastTowerError(
-            f"{name} is not on this machine and {address} could not be downloaded ({shown(reason)});"
+            f"{name} is not on this machine and {address} could not be downloaded ({why});"
             f" download it elsewhere and put it in {shown(folder)}, or name its folder with --data-root"
         ) from error
     return Path(path)

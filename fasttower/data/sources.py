@@ -21,7 +21,7 @@ from typing import Any
 import polars as pl
 
 from fasttower.data.columns import POSITIONAL
-from fasttower.errors import FastTowerError, listed, quoted, shown
+from fasttower.errors import FastTowerError, listed, quoted, reason, shown
 from fasttower.files import as_path, check_regular, open_regular, temporary_folder
 
 # The ratings file of each MovieLens release.
@@ -141,7 +141,7 @@ def _unpacked(files: list[Path]) -> Iterator[list[Path]]:
                         shutil.copyfileobj(packed, opened, 1 << 20)
                 except (gzip.BadGzipFile, zlib.error, EOFError) as error:
                     raise FastTowerError(
-                        f"{shown(file)}: not a readable gzip ({error}); download or pack it again"
+                        f"{shown(file)}: not a readable gzip ({reason(error)}); download or pack it again"
                     ) from error
             else:
                 plain.append(file)
@@ -183,7 +183,7 @@ def _extract_ratings(archive: Path, folder: Path) -> tuple[Path, str]:
             return Path(opened.extract(member, folder)), f"{archive}/{member}"
     except BAD_ZIP as error:
         raise FastTowerError(
-            f"{shown(archive)}: not a readable zip ({shown(error)}); download or pack it again"
+            f"{shown(archive)}: not a readable zip ({reason(error)}); download or pack it again"
         ) from error
 
 
@@ -219,7 +219,7 @@ def _open_frame(frame: Any) -> Table:  # noqa: ANN401
         try:
             rows = pl.from_pandas(frame).lazy()
         except Exception as error:  # pandas' and Arrow's own families: a column of mixed types
-            raise FastTowerError(f"the frame: {_one_line(error)}; give each column one type") from error
+            raise FastTowerError(f"the frame: {reason(error)}; give each column one type") from error
     elif hasattr(frame, "__arrow_c_stream__"):
         rows = pl.DataFrame(frame).lazy()
     else:
@@ -241,7 +241,9 @@ def _open_text(files: tuple[Path, ...], suffix: str, name: str) -> Table:
     names = [field.strip().strip('"') for field in fields]
     if header and len(set(names)) < len(names):
         twice = next(field for field in names if names.count(field) > 1)
-        raise FastTowerError(f"{name}: two columns are named {quoted(twice)}; rename one of them")
+        raise FastTowerError(
+            f"{name}: two columns are named {quoted(twice)}; rename one of them (or is its header missing?)"
+        )
 
     def scan(types: Types) -> pl.LazyFrame:
         # Polars separates by one byte: between two colons is an empty column, to be stepped over.
@@ -289,7 +291,7 @@ def check_fields(table: Table) -> None:
                 expected = len(next(lines, []))
                 found = next((len(fields) for fields in lines if len(fields) > expected), None)
             except csv.Error as error:
-                raise FastTowerError(f"{name}, line {lines.line_num}: {error}; correct it") from error
+                raise FastTowerError(f"{name}, line {lines.line_num}: {reason(error)}; correct it") from error
             if found:
                 raise FastTowerError(
                     f"{name}, line {lines.line_num}: {-(-found // apart)} fields, where the first line has "
@@ -323,7 +325,7 @@ def _readable(name: str) -> Iterator[None]:
     try:
         yield
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
-        raise FastTowerError(f"{name}: cannot be read ({_one_line(error)})") from error
+        raise FastTowerError(f"{name}: cannot be read ({reason(error)})") from error
 
 
 @contextlib.contextmanager
@@ -337,10 +339,6 @@ def _own_functions(frame: Any) -> Iterator[None]:  # noqa: ANN401
         if not isinstance(frame, pl.LazyFrame):
             raise
         raise FastTowerError(
-            f"the frame cannot be read: {type(error).__name__}, {shown(error)}; correct the function that"
+            f"the frame cannot be read: {type(error).__name__}, {reason(error)}; correct the function that"
             " raised it"
         ) from error
-
-
-def _one_line(error: BaseException) -> str:
-    return shown(str(error).strip().split("\n", maxsplit=1)[0], 300)

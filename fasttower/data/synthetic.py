@@ -34,7 +34,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fasttower.errors import FastTowerError, quoted
+from fasttower.errors import FastTowerError, quoted, reason, shown
 from fasttower_kernels.philox import Purpose, derive_key
 
 __all__ = [
@@ -263,7 +263,9 @@ def write_csv(data: SyntheticData, path: str | Path) -> None:
     try:
         frame.write_csv(path, float_precision=1)
     except OSError as error:
-        raise FastTowerError(f"can't write {path} ({error}): name a file in an existing folder") from error
+        raise FastTowerError(
+            f"can't write {shown(path)} ({reason(error)}): name a file in an existing folder"
+        ) from error
 
 
 def popularity(shape: Shape) -> Doubles:

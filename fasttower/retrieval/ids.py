@@ -10,7 +10,7 @@ import polars as pl
 
 from fasttower.data.columns import find_id_column
 from fasttower.data.sources import open_table
-from fasttower.errors import FastTowerError, listed, quoted, shown
+from fasttower.errors import FastTowerError, listed, quoted, reason
 
 Unknown = Literal["raise", "skip"]
 
@@ -169,9 +169,8 @@ def _as_series(ids: Any, like: pl.Series) -> pl.Series:  # noqa: ANN401
             raise TypeError("they are bytes")  # noqa: TRY301 - the same message as other types get
         series = pl.Series(like.name, ids)
     except (TypeError, ValueError, OverflowError, pl.exceptions.PolarsError) as error:
-        reason = str(error).split("\n", maxsplit=1)[0]
         raise FastTowerError(
-            f"{_plural(like.name)} cannot be read ({shown(reason)}); expected a list of {like.dtype}."
+            f"{_plural(like.name)} cannot be read ({reason(error)}); expected a list of {like.dtype}."
         ) from error
     if series.is_empty():
         return like.clear()

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fasttower.config import Config
-from fasttower.errors import FastTowerError, listed, quoted, shown
+from fasttower.errors import FastTowerError, listed, quoted, reason, shown
 from fasttower.files import check_regular, open_regular
 from fasttower.json_files import MOST_BYTES, parse_object, read_object, write_object
 from fasttower.model import TwoTower
@@ -84,10 +84,10 @@ def read_run(path: Path, *, trust_files: bool = False) -> dict[str, Any]:
             raise FastTowerError(f"{shown(path)} is not a run directory: {found}.") from error
         # Libraries say more than the name where they say the name at all.
         missing = [file for file in FILES if not (path / file).exists()]
-        found = f"{', '.join(missing)} not there" if missing else str(error)
+        found = f"{', '.join(missing)} not there" if missing else reason(error)
         raise FastTowerError(f"{shown(path)} is not a run directory: {found}.") from error
     except OSError as error:
-        raise FastTowerError(f"{shown(path)} cannot be read: {error}.") from error
+        raise FastTowerError(f"{shown(error.filename or path)} cannot be read: {reason(error)}.") from error
 
 
 FILES = (
@@ -211,7 +211,7 @@ def _read_frame(path: Path) -> pl.DataFrame:
         try:
             return pl.read_parquet(file)
         except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
-            raise ValueError(f"{path.name} cannot be read: {shown(error)}") from error
+            raise ValueError(f"{path.name} cannot be read: {reason(error)}") from error
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
@@ -219,7 +219,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError) as error:
-        raise ValueError(f"{path.name} cannot be read: {shown(error)}") from error
+        raise ValueError(f"{path.name} cannot be read: {reason(error)}") from error
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable
+from io import BufferedReader
 from pathlib import Path
 from typing import TypedDict
 
@@ -78,11 +80,11 @@ def check_manifest(path: Path, names: Iterable[str], newest: int) -> None:
     for name in names:
         if name not in listed:
             raise FastTowerError(f"{shown(path)}: {MANIFEST} does not list {name}; {_ANYWAY}.")
-        size, found = listed[name]["bytes"], (path / name).stat().st_size
-        if found != size:
-            raise _another(path, name, f"it has {found:,} bytes, not {size:,}")
-        if _entry(path / name) != listed[name]:
-            raise _another(path, name, "its SHA-256 is another")
+        if why := _difference(path / name, listed[name]):
+            raise FastTowerError(
+                f"{shown(path)}: {name} is not the file that the run was written with ({why}); put that back,"
+                f" or {_ANYWAY}."
+            )
     if data != _text(_manifest({name: listed[name] for name in names}, values["format"])):
         raise FastTowerError(f"{shown(path)}: {MANIFEST} was changed after the run was written; {_ANYWAY}.")
 
@@ -108,17 +110,22 @@ def without_manifest(path: Path, number: object) -> FastTowerError:
     return FastTowerError(f"{shown(path)} has no {MANIFEST}: {why}; {_ANYWAY}, and checks what it holds.")
 
 
-def _another(path: Path, name: str, why: str) -> FastTowerError:
-    return FastTowerError(
-        f"{shown(path)}: {name} is not the file that the run was written with ({why}); put that back, or"
-        f" {_ANYWAY}."
-    )
+def _difference(path: Path, entry: FileEntry) -> str | None:
+    """In what a file is not the one that was written, or None."""
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size != entry["bytes"]:
+            return f"it has {size:,} bytes, not {entry['bytes']:,}"
+        return None if _sha256(file) == entry["sha256"] else "its SHA-256 is another"
 
 
 def _entry(path: Path) -> FileEntry:
     with open_regular(path) as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return {"bytes": file.tell(), "sha256": digest}
+        return {"bytes": os.fstat(file.fileno()).st_size, "sha256": _sha256(file)}
+
+
+def _sha256(file: BufferedReader) -> str:
+    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _manifest(files: dict[str, FileEntry], number: int) -> Manifest:

@@ -15,7 +15,7 @@ from typing import BinaryIO
 import polars as pl
 from safetensors import SafetensorError
 
-from fasttower.errors import FastTowerError, shown
+from fasttower.errors import FastTowerError, reason, shown
 
 # What is in a directory beside its files while they are being written.
 _LOCK, _UNFINISHED = ".lock", ".unfinished-"
@@ -48,7 +48,7 @@ def reserved(path: Path, *, numbered: bool = False) -> Iterator[Path]:
                 shutil.rmtree(leftover)
         except OSError as error:
             raise FastTowerError(
-                f"the directory {shown(path)} cannot be written: {error}; give another directory."
+                f"the directory {shown(path)} cannot be written: {reason(error)}; give another directory."
             ) from error
         yield path
 
@@ -144,4 +144,4 @@ def all_or_nothing(run_dir: Path, *, last: str = "") -> Iterator[Path]:
             for file in sorted(Path(folder).iterdir(), key=lambda file: file.name == last):
                 file.rename(run_dir / file.name)
     except (OSError, SafetensorError, pl.exceptions.PolarsError) as error:
-        raise FastTowerError(f"{shown(run_dir)} cannot be written: {error}.") from error
+        raise FastTowerError(f"{shown(run_dir)} cannot be written: {reason(error)}.") from error

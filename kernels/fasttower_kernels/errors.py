@@ -51,6 +51,12 @@ def quoted(value: object, length: int = NAME_LENGTH) -> str:
     return shown(repr(value) if isinstance(value, str | bytes | os.PathLike) else value, length)
 
 
+def reason(error: BaseException) -> str:
+    """What an error of the system or of a library says, for a message that names the file itself."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return shown(text.strip().split("\n", maxsplit=1)[0].rstrip(".") or type(error).__name__)
+
+
 def listed(names: Iterable[object], most: int = 10) -> str:
     """Names for a message, between commas; of many the first, and how many more there are."""
     found = list(names)

@@ -1,0 +1,92 @@
+"""Whatever a command is given, it ends in time, with its exit code and one line on stderr."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hostile_cases import CASES, Place
+
+from fasttower.cli import main
+
+ROOT = Path(__file__).parent.parent
+SECONDS = 60
+
+
+def texts(arguments):
+    return [str(argument) for argument in arguments]
+
+
+def check(case, code, err):
+    """One line of at most 500 characters that says what the case expects, and no other."""
+    if case.says is None:
+        assert (code, err) == (0, "")
+        return
+    assert code == case.code, err[-2000:]
+    assert re.fullmatch(r"fasttower: [^\n]{1,500}\n", err), err[-2000:]
+    assert err.rstrip("\n").isprintable()
+    assert re.search(case.says, err), err
+
+
+def test_there_are_enough():
+    assert len(CASES) >= 300
+    assert sum(case.quick for case in CASES) >= 40
+    assert len({case.name for case in CASES}) == len(CASES)
+
+
+@pytest.fixture
+def alarm():
+    """An error after some seconds: a command that hangs is to fail."""
+
+    def ring(signum, frame):
+        raise TimeoutError("the command did not end")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(SECONDS)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.quick], ids=lambda case: case.name)
+def test_in_this_process(case, saved, tmp_path, monkeypatch, capsys, alarm):
+    monkeypatch.chdir(tmp_path)
+    code = main(texts(case.make(Place(tmp_path, saved))))
+    printed = capsys.readouterr()
+    check(case, code, printed.err)
+    assert case.says is None or printed.out == ""
+
+
+@pytest.fixture(scope="module")
+def server():
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    with subprocess.Popen(
+        [sys.executable, str(ROOT / "tests" / "hostile_server.py")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "COLUMNS": "120"},
+    ) as process:
+        yield process
+        process.stdin.close()
+
+
+def answer(server, arguments, folder):
+    arguments = [os.fsencode(text).decode("latin-1") for text in texts(arguments)]
+    request = {"arguments": arguments, "folder": str(folder), "seconds": SECONDS}
+    server.stdin.write(json.dumps(request) + "\n")
+    server.stdin.flush()
+    return json.loads(server.stdout.readline())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_in_a_process_of_its_own(case, server, saved, tmp_path):
+    found = answer(server, case.make(Place(tmp_path, saved)), tmp_path)
+    assert found["code"] is not None, "it did not end"
+    check(case, found["code"], found["err"])
+    assert case.says is None or found["out"] == ""
