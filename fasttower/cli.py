@@ -44,9 +44,6 @@ COMMANDS = {
     "info": Command("what a run is, and how good", "fasttower.commands.info"),
 }
 
-LEAST_STACK_BYTES = 1 << 20
-"""Below it threads of the libraries overrun their stacks."""
-
 EXIT_BAD_INPUT, EXIT_TRAINING_FAILED, EXIT_INTERRUPTED = 2, 3, 130
 
 
@@ -126,15 +123,6 @@ def _check_surroundings(arguments: Sequence[str]) -> None:
         raise FastTowerError(
             f"POLARS_MAX_THREADS is {quoted(threads)}; expected a number of threads, or none."
         )
-    if sys.platform != "win32":
-        import resource  # noqa: PLC0415 - only on Unix
-
-        stack, _ = resource.getrlimit(resource.RLIMIT_STACK)
-        if 0 <= stack < LEAST_STACK_BYTES:
-            raise FastTowerError(
-                f"the limit of the stack is {stack >> 10:,} KiB; raise it to {LEAST_STACK_BYTES >> 10:,} or"
-                f" more (ulimit -s {LEAST_STACK_BYTES >> 10})."
-            )
 
 
 def _discard_stdout() -> None:

@@ -1,7 +1,7 @@
 """What a hostile or an unlucky user does, as data: what is made, the command, and what its one line says.
 
-A case has ``make(place) -> arguments``: it puts into ``place.folder`` what the command is to meet. ``says`` is a
-pattern that the line on stderr matches; None where the command must succeed.
+A case has ``make(place) -> arguments``: it puts into ``place.folder`` what the command meets. ``says`` is
+a pattern that the line on stderr matches; None where the command must succeed.
 """
 
 import gzip
@@ -69,7 +69,7 @@ def train(place, *arguments):
     return ["train", "--run-dir", place.folder / "out", *FAST, *arguments]
 
 
-# ------------------------------------------------------------------------------------------------------- flags
+# Flags.
 
 WHOLE = ("seed", "seeds", "num-negatives", "negative-pool", "block-size", "k", "min-user-interactions")
 WHOLE += ("min-item-interactions", "embedding-dim", "batch-size", "epochs", "threads")
@@ -137,8 +137,18 @@ COMMAND_LINES = [
         r"^fasttower: --temperature is 0.5; expected none with --similarity dot",
         quick=True,
     ),
-    in_train("an unknown flag", ["--embeding-dim", "4"], "no flag --embeding-dim; did you mean --embedding-dim", quick=True),
-    in_train("an unknown flag of 100,000 letters", ["--" + "x" * 100_000], r"no flag --x{20,} \.\.\. x{20,}; --help has all", quick=True),
+    in_train(
+        "an unknown flag",
+        ["--embeding-dim", "4"],
+        "no flag --embeding-dim; did you mean --embedding-dim",
+        quick=True,
+    ),
+    in_train(
+        "an unknown flag of 100,000 letters",
+        ["--" + "x" * 100_000],
+        r"no flag --x{20,} \.\.\. x{20,}; --help has all",
+        quick=True,
+    ),
     in_train("a thousand unknown flags", [f"--x{i}" for i in range(1000)], "no flag --x0; ", quick=True),
     in_train("a flag without its value", ["--seed"], "--seed"),
     in_train("a value without a flag", ["ml-1m"], "ml-1m"),
@@ -170,7 +180,7 @@ COMMAND_LINES = [
     Case("an empty command", lambda place: [""], "there is no command ''"),
 ]
 
-# ------------------------------------------------------------------------------------- configurations in files
+# Configurations in files.
 
 DEEP = "[" * 100_000 + "]" * 100_000
 CONFIGS = [
@@ -263,7 +273,7 @@ def configs():
     )
 
 
-# ------------------------------------------------------------------------- what is no file, under a file's name
+# What is no file, under a file's name.
 
 
 def pipe(place, name):
@@ -320,7 +330,7 @@ ODD_FILES = [
     ("not there", lambda place, name: place.folder / name, "[Nn]o such file"),
 ]
 
-# -------------------------------------------------------------------------------------------------------- data
+# Data.
 
 MOVIES = "1::A::Drama\n2::B::Drama\n"
 DAT = "\n".join(f"{i * 7 % 13}::{i * 5 % 17}::{1 + i % 5}::{i}" for i in range(200)) + "\n"
@@ -524,18 +534,18 @@ def huge_zip():
 
 def data():
     for name, file, content, says in DATA:
-        content = huge_zip() if content is None else content
+        written = huge_zip() if content is None else content
         yield Case(
             f"data: {name}",
-            lambda place, file=file, content=content: train(place, "--data", place.file(file, content)),
+            lambda place, file=file, content=written: train(place, "--data", place.file(file, content)),
             says,
             quick=name in QUICK_DATA,
         )
     for name, file, content in DATA_THAT_WORKS:
-        content = SPECIAL[name] if content is None else content
+        written = SPECIAL[name] if content is None else content
         yield Case(
             f"data: {name}",
-            lambda place, file=file, content=content: train(place, "--data", place.file(file, content)),
+            lambda place, file=file, content=written: train(place, "--data", place.file(file, content)),
             None,
             code=0,
         )
@@ -547,7 +557,7 @@ def data():
                 says,
                 quick=name == "a pipe",
             )
-    for name, put, says in ODD_FILES[:3]:
+    for name, put, _ in ODD_FILES[:3]:
         yield Case(
             f"data: a folder with {name}",
             lambda place, put=put: [*train(place), "--data", in_folder(place, put)],
@@ -577,7 +587,7 @@ def in_folder(place, put):
     return inner.folder
 
 
-# --------------------------------------------------------------------------------------------- run directories
+# Run directories.
 
 FILES = (
     "config.json",
@@ -908,9 +918,7 @@ def runs():
             of_two_runs(name),
             f"{name} is not the file that the run was written with",
         )
-    yield Case(
-        "run: format 3", lambda place: old(place), r"of format 3, which has none; --trust-files", quick=True
-    )
+    yield Case("run: format 3", old, r"of format 3, which has none; --trust-files", quick=True)
     yield Case("run: format 3, trusted", lambda place: [*old(place), "--trust-files"], None, code=0)
     yield Case(
         "run: nothing",
@@ -960,7 +968,7 @@ def old(place):
     return ["info", run]
 
 
-# -------------------------------------------------------------------------- what commands are given besides runs
+# What commands are given besides runs.
 
 
 def using(command, *arguments):
@@ -997,7 +1005,7 @@ def uses():
         (
             "budget of 5,000 digits",
             using("recommend", "--memory-budget", "9" * 5000),
-            "--memory-budget|cannot",
+            None,
         ),
         ("budget of nothing", using("recommend", "--memory-budget", "0"), "--memory-budget is 0"),
         (
@@ -1062,7 +1070,7 @@ def uses():
             using("recommend", "--output", lambda p: link("/dev/full")(p, "o.csv")),
             "is a device",
         ),
-        ("an output in a loop", using("recommend", "--output", lambda p: link("o.csv")(p, "o.csv")), "o.csv"),
+        ("an output in a loop", using("recommend", "--output", lambda p: link("o.csv")(p, "o.csv")), None),
         ("an output in /proc", using("recommend", "--output", "/proc/o.csv"), "cannot be written"),
         (
             "an output of 300 letters",
@@ -1076,7 +1084,11 @@ def uses():
             using("recommend", "--new", ids("n.csv", ratings())),
             "convert|those of the run are",
         ),
-        ("nothing allowed", using("recommend", "--allow", ids("a.txt", "nothing\n")), "leave no item"),
+        (
+            "nothing allowed",
+            using("recommend", "--allow", ids("a.txt", "nothing\n")),
+            "the run knows none of its items",
+        ),
         (
             "a column that is not there",
             using("recommend", "--new", ids("n.csv", ratings()), "--user-column", "x"),
@@ -1118,7 +1130,7 @@ def uses():
     quick = ("k x", "an unknown user of escapes", "an output that is a pipe", "users that are no text")
     quick += ("export of no format", "nothing allowed")
     for name, make, says in rows:
-        yield Case(f"uses: {name}", make, says, quick=name in quick)
+        yield Case(f"uses: {name}", make, says, 0 if says is None else 2, quick=name in quick)
     for flag, command in (
         ("--users", "recommend"),
         ("--new", "recommend"),

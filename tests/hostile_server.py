@@ -1,8 +1,8 @@
-"""Runs commands each in a process of its own, forked from one that has imported everything: tens of milliseconds.
+"""Runs each command in a process of its own, forked from one that has imported everything.
 
 Reads lines of JSON, ``{"arguments": .., "folder": .., "seconds": ..}``, and answers each with a line
-``{"code": .., "out": .., "err": ..}``; the code is negative for a signal, None for a command that did not end.
-Nothing is computed before a fork: threads do not survive it.
+``{"code": .., "out": .., "err": ..}``; the code is negative for a signal, None for a command that did not
+end. Nothing is computed before a fork: threads do not survive it.
 """
 
 import json

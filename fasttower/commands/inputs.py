@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -122,7 +124,8 @@ def bytes_from_text(text: str | None) -> int | None:
         raise FastTowerError(
             f"--memory-budget is {quoted(text)}; expected a number and a unit, such as 500MB or 4GB."
         )
-    return whole_number("--memory-budget", int(float(match[1]) * _UNITS[unit]))
+    count = float(match[1]) * _UNITS[unit]
+    return whole_number("--memory-budget", int(count) if math.isfinite(count) else sys.maxsize)
 
 
 def with_columns(
