@@ -11,8 +11,10 @@ import os
 import shutil
 import socket
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -1149,3 +1151,123 @@ def uses():
 
 
 CASES = [*flags(), *COMMAND_LINES, *configs(), *data(), *runs(), *uses()]
+
+
+# Surroundings: the limits, the variables and the streams of a process.
+
+
+class Surroundings(NamedTuple):
+    """A case in a process of its own.
+
+    Attributes:
+        shell: what a shell does with the command, ``"$@"``.
+        variables: of the environment; what is in ``{folder}`` is the case's folder.
+    """
+
+    name: str
+    make: object
+    says: str | None
+    code: int = 2
+    shell: str = 'exec "$@"'
+    variables: Mapping[str, str] = MappingProxyType({})
+
+
+def packed(place):
+    return train(place, "--data", place.file("r.csv.gz", gzip.compress(ratings(20_000).encode())))
+
+
+def large(place):
+    """Tables of 200 MB, of many users."""
+    path = place.folder / "large.parquet"
+    users = np.arange(200_000)
+    pl.DataFrame({"user_id": users, "item_id": users % 100, "timestamp": users}).write_parquet(path)
+    return train(place, "--data", path, "--embedding-dim", "512", "--test-fraction", "0")
+
+
+def on_a_small_disk(place):
+    return train(place, "--data", place.ratings(), "--embedding-dim", "512")
+
+
+def named(place, name):
+    """A run and its data whose names are past ASCII."""
+    return ["train", "--run-dir", name, *FAST, "--data", place.ratings(f"{name}.csv")]
+
+
+SURROUNDINGS = [
+    Surroundings(
+        "no threads for Polars",
+        using("info"),
+        "POLARS_MAX_THREADS is '0'; expected a number",
+        variables={"POLARS_MAX_THREADS": "0"},
+    ),
+    Surroundings(
+        "many threads for Polars",
+        using("info"),
+        "POLARS_MAX_THREADS is 'many'",
+        variables={"POLARS_MAX_THREADS": "many"},
+    ),
+    Surroundings(
+        "a full disk, --version", lambda place: ["--version"], "No space left", shell='exec "$@" >/dev/full'
+    ),
+    Surroundings(
+        "a full disk, --help", lambda place: ["--help"], "No space left", shell='exec "$@" >/dev/full'
+    ),
+    Surroundings(
+        "a full disk, train --help",
+        lambda place: ["train", "--help"],
+        "No space left",
+        shell='exec "$@" >/dev/full',
+    ),
+    Surroundings("a full disk, info", using("info"), "No space left", shell='exec "$@" >/dev/full'),
+    Surroundings("no output, --version", lambda place: ["--version"], None, 0, shell='exec "$@" >&-'),
+    Surroundings("no output, info", using("info"), None, 0, shell='exec "$@" >&-'),
+    Surroundings("no input, info", using("info"), None, 0, shell='exec "$@" <&-'),
+    Surroundings("a reader that leaves", using("recommend"), None, 0, shell='"$@" | head -c 1'),
+    Surroundings(
+        "a temporary folder that is not there",
+        packed,
+        r"no folder can be made in TMPDIR, \S+/no, \(No such file or directory\); set TMPDIR",
+        variables={"TMPDIR": "{folder}/no"},
+    ),
+    Surroundings(
+        "a temporary folder that is a file", packed, "in TMPDIR", variables={"TMPDIR": "/etc/passwd"}
+    ),
+    Surroundings(
+        "no room to unpack", packed, "cannot be unpacked into .*set TMPDIR", shell='ulimit -f 64; exec "$@"'
+    ),
+    Surroundings(
+        "no room for the run", on_a_small_disk, "cannot be written", shell='ulimit -f 16; exec "$@"'
+    ),
+    Surroundings(
+        "no room for recommendations",
+        using("recommend", "--k", "40", "--no-filter-seen", "--output", "o.csv"),
+        "--output .* cannot be written",
+        shell='ulimit -f 8; exec "$@"',
+    ),
+    Surroundings(
+        "no room for an export",
+        using("export", "--to", "e"),
+        "cannot be written",
+        shell='ulimit -f 1; exec "$@"',
+    ),
+    Surroundings(
+        "too little memory",
+        large,
+        "ran out of memory|not enough memory",
+        shell='ulimit -v 2000000; exec "$@"',
+    ),
+    Surroundings(
+        "nothing compiled",
+        lambda place: [*train(place, "--data", place.ratings()), "--backend", "numba"],
+        "backend numba cannot compile, for NUMBA_DISABLE_JIT is set",
+        variables={"NUMBA_DISABLE_JIT": "1"},
+    ),
+    Surroundings(
+        "a name past ASCII in an ASCII world",
+        lambda place: named(place, "é漢"),
+        None,
+        0,
+        variables={"LC_ALL": "C"},
+    ),
+    Surroundings("no home", using("info"), None, 0, shell='unset HOME; exec "$@"'),
+]

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hostile_cases import CASES, Place
+from hostile_cases import CASES, SURROUNDINGS, Place
 
 from fasttower.cli import main
 
@@ -90,3 +90,28 @@ def test_in_a_process_of_its_own(case, server, saved, tmp_path):
     assert found["code"] is not None, "it did not end"
     check(case, found["code"], found["err"])
     assert case.says is None or found["out"] == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", SURROUNDINGS, ids=lambda case: case.name)
+def test_in_its_surroundings(case, saved, tmp_path):
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    variables = {name: value.format(folder=tmp_path) for name, value in case.variables.items()}
+    done = subprocess.run(
+        [
+            "sh",
+            "-c",
+            case.shell,
+            "sh",
+            sys.executable,
+            "-m",
+            "fasttower",
+            *texts(case.make(Place(tmp_path, saved))),
+        ],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": paths} | variables,
+        capture_output=True,
+        timeout=SECONDS,
+        check=False,
+    )
+    check(case, done.returncode, done.stderr.decode(errors="replace"))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import glob
 import gzip
 import lzma
@@ -142,6 +143,13 @@ def _unpacked(files: list[Path]) -> Iterator[list[Path]]:
                 except (gzip.BadGzipFile, zlib.error, EOFError) as error:
                     raise FastTowerError(
                         f"{shown(file)}: not a readable gzip ({reason(error)}); download or pack it again"
+                    ) from error
+                except OSError as error:
+                    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                        raise
+                    raise FastTowerError(
+                        f"{shown(file)}: cannot be unpacked into {shown(folder.parent)}"
+                        f" ({reason(error)}); set TMPDIR to a folder that has room"
                     ) from error
             else:
                 plain.append(file)
