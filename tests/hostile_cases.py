@@ -89,7 +89,7 @@ CHOICES = (
     "backend",
     "device",
 )
-CHOICES += ("prefer", "preset", "search")
+CHOICES += ("prefer", "preset")
 
 
 def flag(name, value, *, quick=False):
