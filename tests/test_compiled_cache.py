@@ -53,6 +53,7 @@ def files(folder, pattern):
     return list((folder / "cache").rglob(pattern))
 
 
+@pytest.mark.slow
 def test_a_damaged_cache_is_replaced(add, tmp_path):
     assert add() == ["0"]
     assert add() == ["1"]
@@ -63,6 +64,7 @@ def test_a_damaged_cache_is_replaced(add, tmp_path):
     assert add() == ["1"]
 
 
+@pytest.mark.slow
 def test_a_cache_that_anybody_may_write_is_not_read(add, tmp_path):
     add()
     folder = files(tmp_path, "*.nbi")[0].parent

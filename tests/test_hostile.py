@@ -115,3 +115,17 @@ def test_in_its_surroundings(case, saved, tmp_path):
         check=False,
     )
     check(case, done.returncode, done.stderr.decode(errors="replace"))
+
+
+def test_ctrl_c_at_the_very_end_changes_nothing():
+    code = """
+import atexit, os, signal
+from fasttower.cli import end
+atexit.register(os.kill, os.getpid(), signal.SIGINT)
+end(3)
+"""
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": paths}, capture_output=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (3, b"")

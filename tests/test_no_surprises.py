@@ -31,9 +31,8 @@ def uses(path):
                 yield f"{function.id}()"
             elif isinstance(function, ast.Attribute):
                 of = function.value.id if isinstance(function.value, ast.Name) else ""
-                if (of, function.attr) in {("torch", "load"), ("np", "load"), ("numpy", "load")} or (
-                    of in ("os", "builtins") and function.attr in CALLS
-                ):
+                loads = function.attr == "load" and of in ("torch", "np", "numpy")
+                if loads or (of in ("os", "builtins") and function.attr in CALLS):
                     yield f"{of}.{function.attr}()"
             for keyword in node.keywords:
                 value = getattr(keyword.value, "value", None)

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import polars as pl
 from polars.io.plugins import register_io_source
-from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
-from fasttower.console import Console
+from fasttower.console import Console, literal
 from fasttower.errors import FastTowerError, quoted, reason, shown
 from fasttower.files import check_regular
 
@@ -113,11 +112,11 @@ def metrics_frame(model: Mapping[str, float], popularity: Mapping[str, float]) -
 
 def show_frame(frame: pl.DataFrame, title: str = "") -> None:
     """Print a frame as a table, its first rows where there are many."""
-    table = Table(title=escape(title) or None, title_justify="left")
+    table = Table(title=literal(title) or None, title_justify="left")
     for name, dtype in frame.schema.items():
         number = dtype.is_float() or name == "rank"
         # An id that is cut short is another id.
-        table.add_column(escape(name), justify="right" if number else "left", overflow="fold")
+        table.add_column(literal(name), justify="right" if number else "left", overflow="fold")
     for row in frame.head(SHOWN_ROWS).iter_rows():
         table.add_row(*(_text(value) for value in row))
     console = Console()
@@ -128,18 +127,18 @@ def show_frame(frame: pl.DataFrame, title: str = "") -> None:
 
 def warn(line: str) -> None:
     """Print a line that must not be missed, on stderr."""
-    Console(stderr=True, wide=True).print(f"[bold yellow]warning:[/] {escape(line)}")
+    Console(stderr=True, wide=True).print(f"[bold yellow]warning:[/] {literal(line)}")
 
 
 def say(line: str) -> None:
     """Print a line."""
-    Console(wide=True).print(escape(line))
+    Console(wide=True).print(literal(line))
 
 
 def _text(value: object) -> str:
     if value is None:
         return ""
-    return f"{value:.4f}" if isinstance(value, float) else escape(str(value))
+    return f"{value:.4f}" if isinstance(value, float) else literal(value)
 
 
 def counted(frames: Iterator[pl.DataFrame], users: int) -> Iterator[pl.DataFrame]:
