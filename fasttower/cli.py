@@ -179,7 +179,7 @@ def _check_values(flags: type[object], arguments: Sequence[str]) -> None:
         field = name.removeprefix("--").replace("-", "_")
         if field not in hints:
             if field.removeprefix("no_") not in hints and field != "help":
-                near = get_close_matches(shown(name, 60), [_flag(known) for known in hints], 1)
+                near = get_close_matches(shown(name, 60), [_flag(known) for known in hints], 1, 0.75)
                 hint = f"did you mean {near[0]}?" if near else "--help has all."
                 raise FastTowerError(f"there is no flag {shown(name, 60)}; {hint}")
             continue

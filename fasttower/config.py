@@ -353,7 +353,9 @@ class Config(TrainingConfig, DataConfig):
                 raise FastTowerError(f"the preset is {quoted(preset)}; expected {in_words(Preset)}.")
             base = PRESETS[preset]
         if unknown := sorted(merged.keys() - known):
-            nearest = [near for name in unknown[:1] for near in get_close_matches(shown(name), known, 1)]
+            nearest = [
+                near for name in unknown[:1] for near in get_close_matches(shown(name), known, 1, 0.75)
+            ]
             hint = f"did you mean {nearest[0]}?" if nearest else "python -m fasttower.train --help has all."
             raise FastTowerError(f"the configuration has no field {listed(unknown, 3)}; {hint}")
         try:
