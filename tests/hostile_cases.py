@@ -678,9 +678,9 @@ def frame(name, change):
 
 
 def wrapped(indptr):
-    """Row limits whose differences wrap around 64 bits."""
+    """Row limits whose differences wrap around 64 bits, so that none of them is negative."""
     out = indptr.clone()
-    out[1], out[2] = 2**63 - 1, -(2**63) + 5
+    out[1], out[2] = 2**63 - 1, -(2**63) + int(indptr[3]) + 1
     return out
 
 
