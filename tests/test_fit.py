@@ -172,7 +172,7 @@ def test_a_run_is_written_where_its_directory_is(run, tmp_path):
 
 @pytest.mark.parametrize("path", [None, 3])
 def test_what_is_no_path_is_no_run(path):
-    with pytest.raises(FastTowerError, match=f"the path is {path}; expected that of a file or folder as text"):
+    with pytest.raises(FastTowerError, match=f"the path is {path}; expected that of a file or folder"):
         fasttower.load_run(path)
 
 
