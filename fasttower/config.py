@@ -10,12 +10,13 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from difflib import get_close_matches
 from pathlib import Path
-from types import NoneType
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
-from fasttower.errors import FastTowerError
+from fasttower.errors import FastTowerError, listed, quoted, reason, shown
 from fasttower.training.families import OWN_NEGATIVES, Family, families
+from fasttower.typed import in_words, is_of
 from fasttower_kernels.settings import (
     MAX_BLOCK_SIZE,
     Backend,
@@ -101,7 +102,7 @@ class TrainingConfig:
     """Seed of every draw, 0 <= seed < 2**63: the same seed gives the same run."""
     seeds: int = 1
     """Train this many times, with seed, seed + 1, ...; report means and deviations, keep the first model."""
-    search: Search | float = "quick"
+    search: Search | Annotated[float, "seconds above 0"] = "quick"
     """How much is tried of what is left open below, by the validation part: quick; thorough, a wider grid; a
     number of seconds, thorough until they are over, compilation included; or none, the standard settings, of
     which only the epochs are chosen, if they are not given."""
@@ -202,6 +203,9 @@ class TrainingConfig:
         _check(
             self, "temperature", temperature is None or 0 < temperature < math.inf, "a finite number above 0"
         )
+        if not isinstance(self, ResolvedTrainingConfig):
+            expected = "none with --similarity dot, which has no temperature"
+            _check(self, "temperature", temperature is None or self.similarity != "dot", expected)
         _check(self, "calibration", 0 <= self.calibration <= 1, "a number from 0 to 1")
         _check(self, "block_size", 1 <= self.block_size <= MAX_BLOCK_SIZE, f"1 to {MAX_BLOCK_SIZE:,}")
         pool, shared = self.negative_pool, self.negatives not in (None, "uniform", "popularity")
@@ -341,28 +345,33 @@ class Config(TrainingConfig, DataConfig):
         """
         known = {field.name for field in dataclasses.fields(cls)}
         merged = dict(values)
-        merged.pop("format", None)  # of the run that the file belongs to
+        # The format is of the run that the file belongs to. What it does not read has a value there too.
+        if merged.pop("format", None) is not None and merged.get("similarity") == "dot":
+            merged.pop("temperature", None)
         # A run's file says what was used beside what was asked for; what was asked for is the configuration.
         for name in ("device", "backend"):
             if (requested := merged.pop(f"{name}_requested", None)) is not None:
                 merged[name] = requested
         if (preset := merged.pop("preset", None)) is not None:
-            if preset not in PRESETS:
-                raise FastTowerError(f"the preset is {preset!r}; expected one of {', '.join(PRESETS)}.")
+            if not is_of(preset, Preset):
+                raise FastTowerError(f"the preset is {quoted(preset)}; expected {in_words(Preset)}.")
             base = PRESETS[preset]
         if unknown := sorted(merged.keys() - known):
-            raise FastTowerError(
-                f"the configuration has no field {', '.join(unknown)}; "
-                f"its fields are {', '.join(sorted(known))}."
-            )
+            nearest = [
+                near for name in unknown[:1] for near in get_close_matches(shown(name), known, 1, 0.75)
+            ]
+            hint = f"did you mean {nearest[0]}?" if nearest else "python -m fasttower.train --help has all."
+            raise FastTowerError(f"the configuration has no field {listed(unknown, 3)}; {hint}")
         try:
-            if merged.get("data_root") is not None:
+            if isinstance(merged.get("data_root"), str):
                 merged["data_root"] = Path(merged["data_root"])
             if isinstance(merged.get("l2"), list):  # once there were several, of which one was chosen
                 merged["l2"] = merged["l2"][0] if len(merged["l2"]) == 1 else None
             return cls(**merged) if base is None else dataclasses.replace(base, **merged)
         except TypeError as error:
-            raise FastTowerError(f"the configuration has a value of the wrong type: {error}.") from error
+            raise FastTowerError(
+                f"the configuration has a value of the wrong type: {reason(error)}."
+            ) from error
 
     def to_json(self, *, device: str, backend: str) -> dict[str, Any]:
         """The fields of a ``config.json``: what was asked for, and the device and backend that were used."""
@@ -383,33 +392,19 @@ class ResolvedConfig(ResolvedTrainingConfig, Config):
 
 def _check_types(config: DataConfig | TrainingConfig) -> None:
     """Check every field against its annotation, so that nothing of a wrong type is met hours later."""
-    for name, hint in get_type_hints(type(config)).items():
-        _check(config, name, _is_of(getattr(config, name), hint), _in_words(hint))
-
-
-def _in_words(hint: Any) -> str:  # noqa: ANN401 - annotations have no type
-    if get_origin(hint) is Literal:
-        return f"one of {', '.join(get_args(hint))}"
-    if parts := [part for part in get_args(hint) if part is not NoneType]:
-        return " or ".join(_in_words(part) for part in parts)
-    return {int: "a whole number", float: "a number"}.get(hint, hint.__name__)
-
-
-def _is_of(value: object, hint: Any) -> bool:  # noqa: ANN401 - annotations have no type
-    if get_origin(hint) is Literal:
-        return value in get_args(hint)
-    if get_args(hint):
-        return any(_is_of(value, part) for part in get_args(hint))
-    if hint in (int, float):
-        # A bool is an int to Python, and not to anybody else.
-        return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
-    return isinstance(value, hint)
+    for name, hint in get_type_hints(type(config), include_extras=True).items():
+        value = getattr(config, name)
+        _check(config, name, is_of(value, hint), in_words(hint))
+        if isinstance(value, str | Path):
+            text = str(value)
+            readable = "\0" not in text and text.encode(errors="replace").decode() == text
+            _check(config, name, readable and text != "", "some text, of whole characters and without NUL")
 
 
 def _check(config: object, name: str, holds: bool, expected: str) -> None:
     if not holds:
         flag = "--" + name.replace("_", "-")
-        raise FastTowerError(f"{flag} is {getattr(config, name)}; expected {expected}.")
+        raise FastTowerError(f"{flag} is {quoted(getattr(config, name))}; expected {expected}.")
 
 
 PRESETS: dict[Preset, Config] = {

@@ -6,6 +6,9 @@ import os
 import sys
 
 import rich.console
+from rich.markup import escape
+
+from fasttower.errors import shown
 
 
 class Console(rich.console.Console):
@@ -25,6 +28,11 @@ class Console(rich.console.Console):
         self.quiet = True
         stream = sys.stderr if self.stderr else sys.stdout
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def literal(value: object) -> str:
+    """What came from outside, for the terminal: its brackets are no markup, its escapes are visible."""
+    return escape(shown(value, 1 << 20))
 
 
 def counted_noun(count: int, noun: str) -> str:

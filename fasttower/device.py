@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
-from fasttower.errors import FastTowerError
+from fasttower.errors import FastTowerError, quoted, shown
 from fasttower_kernels.backends import choose_backend
 
 
@@ -27,7 +27,7 @@ def choose_device(requested: str, *, strict: bool = False) -> tuple[torch.device
         return torch.device(next(name for name in ("cuda", "mps", "cpu") if there[name])), None
     requested = str(requested)
     if requested not in there:
-        raise FastTowerError(f"the device is {requested!r}; expected one of auto, {', '.join(there)}.")
+        raise FastTowerError(f"the device is {quoted(requested)}; expected one of auto, {', '.join(there)}.")
     if there[requested]:
         return torch.device(requested), None
     reason = f"--device {requested} was asked for, but {_why_not(requested)}"
@@ -64,7 +64,7 @@ def cpu_cores() -> int:
 
 @contextlib.contextmanager
 def memory_of(device: torch.device, advice: str) -> Iterator[None]:
-    """Say what to do where a GPU's memory runs out inside the block.
+    """Say what to do where the memory of a device, or of the process, runs out inside the block.
 
     Args:
         device: where it computes.
@@ -80,6 +80,13 @@ def memory_of(device: torch.device, advice: str) -> Iterator[None]:
         raise FastTowerError(
             f"{device} ran out of memory ({asked}); choose {advice}, free what others hold there, or use "
             f"--device cpu."
+        ) from error
+    except (MemoryError, RuntimeError) as error:
+        asked = str(error).partition("DefaultCPUAllocator: ")[2]
+        if not asked and not isinstance(error, MemoryError):
+            raise
+        raise FastTowerError(
+            f"the process ran out of memory ({shown(asked or error, 100)}); choose {advice}, or give it more."
         ) from error
 
 

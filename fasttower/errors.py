@@ -3,9 +3,26 @@
 import operator
 from typing import Any
 
-from fasttower_kernels.errors import FastTowerError, TrainingError
+from fasttower_kernels.errors import (
+    MESSAGE_LENGTH,
+    FastTowerError,
+    TrainingError,
+    listed,
+    quoted,
+    reason,
+    shown,
+)
 
-__all__ = ["FastTowerError", "TrainingError", "whole_number"]
+__all__ = [
+    "MESSAGE_LENGTH",
+    "FastTowerError",
+    "TrainingError",
+    "listed",
+    "quoted",
+    "reason",
+    "shown",
+    "whole_number",
+]
 
 
 def whole_number(name: str, value: Any) -> int:  # noqa: ANN401 - what it is, is looked at here
@@ -19,5 +36,5 @@ def whole_number(name: str, value: Any) -> int:  # noqa: ANN401 - what it is, is
     except TypeError:
         number = None
     if number is None or number < 1:
-        raise FastTowerError(f"{name} is {value!r}; expected a whole number, 1 or more.")
+        raise FastTowerError(f"{name} is {quoted(value)}; expected a whole number, 1 or more.")
     return number

@@ -94,6 +94,8 @@ def fit(
         TrainingError: the loss is not finite.
     """
     config = _named(data, config or Config())
+    if not isinstance(observer, FitObserver | None):
+        raise FastTowerError(f"observer is a {type(observer).__name__}; expected a fasttower.FitObserver.")
     observer = observer or FitObserver()
     clock = _Clock()
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from types import TracebackType
 
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from fasttower.config import Config
-from fasttower.console import Console, counted_noun
+from fasttower.console import Console, counted_noun, literal
 from fasttower.data.preparation import PreparedData
 from fasttower.pipeline import FitObserver
 from fasttower.run import Run
@@ -100,12 +99,12 @@ class ConsoleObserver(FitObserver):
 
     def on_warning(self, line: str) -> None:
         """Show a line that must not be missed, on stderr, even when quiet."""
-        self._warnings.print(f"[bold yellow]warning:[/] {escape(line)}")
+        self._warnings.print(f"[bold yellow]warning:[/] {literal(line)}")
 
     def on_prepared(self, prepared: PreparedData, config: Config) -> None:
         """Show what each step of the preparation kept and dropped."""
         unit = f", timestamps in {prepared.timestamp_unit}" if prepared.timestamp_unit else ""
-        table = Table(title=escape(config.data + unit), title_justify="left")
+        table = Table(title=literal(config.data + unit), title_justify="left")
         table.add_column("step")
         for name in ("rows", "users", "items", "dropped rows"):
             table.add_column(name, justify="right")
@@ -190,7 +189,7 @@ class ConsoleObserver(FitObserver):
         self._console.print(times)
         if run.interrupted:
             self._warnings.print("interrupted: the run holds what had been trained by then")
-        self._console.print(f"run written to {escape(str(run_dir))}")
+        self._console.print(f"run written to {literal(run_dir)}")
 
     def _show_test(self, metrics: Metrics) -> None:
         table = Table(

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from fasttower import __version__
-from fasttower.cli import EXIT_INTERRUPTED, guarded, parse
+from fasttower.cli import EXIT_INTERRUPTED, end, guarded, parse
 from fasttower.config import PRESETS, Config, Preset
-from fasttower.errors import FastTowerError
+from fasttower.errors import FastTowerError, quoted, reason, shown
+from fasttower.json_files import read_object
 
 if TYPE_CHECKING:
     from fasttower.report import ConsoleObserver
@@ -64,7 +65,8 @@ def run(arguments: Sequence[str]) -> int:
     from fasttower.run.new_directory import reserved  # noqa: PLC0415
 
     config = Config(**{field.name: getattr(flags, field.name) for field in dataclasses.fields(Config)})
-    name = re.sub(r"[^\w.-]+", "_", Path(config.data).resolve().stem)[:100]
+    # `resolve` would raise at a loop of links.
+    name = re.sub(r"[^\w.-]+", "_", Path(os.path.realpath(config.data)).stem)[:50]
     run_dir = flags.run_dir or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     observer = ConsoleObserver(quiet=flags.quiet, to_stderr=flags.json)
     # A place where nothing can be written, or another run will be, is found out before the training.
@@ -91,25 +93,19 @@ def read_flags(arguments: Sequence[str]) -> TrainFlags:
     except argparse.ArgumentError as error:
         raise FastTowerError(str(error)) from None
     if known.preset not in PRESETS:
-        raise FastTowerError(f"--preset is {known.preset}; expected one of {', '.join(PRESETS)}.")
+        raise FastTowerError(f"--preset is {quoted(known.preset)}; expected one of {', '.join(PRESETS)}.")
     base = PRESETS[known.preset]
     if known.config is not None:
-        base = Config.from_json(_read_json(known.config), base)
+        try:
+            values = read_object(known.config)
+        except (OSError, ValueError) as error:
+            raise FastTowerError(
+                f"--config {shown(known.config)} cannot be read as JSON: {reason(error)}."
+            ) from error
+        base = Config.from_json(values, base)
     fields = {field.name: getattr(base, field.name) for field in dataclasses.fields(Config)}
     default = TrainFlags(**fields, preset=known.preset)
     return parse(TrainFlags, arguments, prog="fasttower train", default=default, description=DESCRIPTION)
-
-
-def _read_json(path: Path) -> dict[str, object]:
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise FastTowerError(f"--config {path} cannot be read as JSON: {error}.") from None
-    if not isinstance(values, dict):
-        raise FastTowerError(
-            f"--config {path} holds a {type(values).__name__}; expected an object of fields."
-        )
-    return values
 
 
 @contextlib.contextmanager
@@ -132,4 +128,4 @@ def stop_on_ctrl_c(observer: ConsoleObserver) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(run, sys.argv[1:]))
+    end(guarded(run, sys.argv[1:]))

@@ -65,7 +65,7 @@ MODEL, KNOWN = "model.safetensors", "known_positives.safetensors"
         (change_tensors(MODEL, lambda tensors: tensors.pop("item_bias")), "of another model"),
         (change_json("config.json", embedding_dim=5), "of another model"),
         (change_json("config.json", init_scale=None), "leaves open: init_scale"),
-        (change_json("metrics.json", settings=None), "with which settings"),
+        (change_json("metrics.json", settings=None), "metrics.json.settings is None; expected text"),
         (put(KNOWN, "items", lambda items: items + 1), "known_positives.safetensors"),
         (put(KNOWN, "items", lambda items: items - 1), "known_positives.safetensors"),
         (put(KNOWN, "items", lambda items: items.float()), "known_positives.safetensors"),
@@ -95,8 +95,10 @@ def test_files_that_do_not_belong_together(run, tmp_path, damage, message):
     run.save(tmp_path / "run")
     damage(tmp_path / "run")
     with pytest.raises(FastTowerError, match=message) as error:
-        fasttower.load_run(tmp_path / "run")
+        fasttower.load_run(tmp_path / "run", trust_files=True)
     assert "\n" not in str(error.value)
+    with pytest.raises(FastTowerError, match="is not the file that the run was written with"):
+        fasttower.load_run(tmp_path / "run")
 
 
 @pytest.mark.parametrize("number", [0, "2", True, 1.5, None])
@@ -104,18 +106,19 @@ def test_a_format_that_is_no_number_from_one_on(run, tmp_path, number):
     run.save(tmp_path / "run")
     change_json("config.json", format=number)(tmp_path / "run")
     with pytest.raises(FastTowerError, match=f"damaged run: config.json says that its format is {number!r}"):
-        fasttower.load_run(tmp_path / "run")
+        fasttower.load_run(tmp_path / "run", trust_files=True)
 
 
 def test_a_newer_format_is_refused_by_name_whatever_else_is_new(run, tmp_path):
     run.save(tmp_path / "run")
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["format"] == 3
-    change_json("config.json", format=4, a_new_setting=1)(tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["format"] == 4
+    change_json("config.json", format=5, a_new_setting=1)(tmp_path / "run")
+    change_json("manifest.json", format=5)(tmp_path / "run")
     (tmp_path / "run" / "metrics.json").unlink()
     with pytest.raises(FastTowerError) as error:
         fasttower.load_run(tmp_path / "run")
     assert str(error.value) == (
-        f"{tmp_path / 'run'} was written in format 4 by a newer fasttower; this one reads up to 3; update"
+        f"{tmp_path / 'run'} was written in format 5 by a newer fasttower; this one reads up to 4; update"
         " fasttower."
     )
 
@@ -124,12 +127,14 @@ def as_in_format_1(folder):
     """Change a run's files to those of format 1, which has no number and calls the score a rating."""
     config = json.loads((folder / "config.json").read_text())
     del config["format"]
+    (folder / "manifest.json").unlink()
     (folder / "config.json").write_text(json.dumps(config))
     change_frame("recommendations.parquet", lambda frame: frame.rename({"score": "rating"}))(folder)
 
 
 def as_in_format_2(folder):
     """Change a run's files to those of format 2, which had several L2 and no search."""
+    (folder / "manifest.json").unlink()
     config = json.loads((folder / "config.json").read_text())
     for name in ("loss", "similarity", "temperature", "negatives", "search", "prefer"):
         del config[name]
@@ -147,7 +152,7 @@ def as_in_format_2(folder):
 def test_a_run_of_format_2_is_read_with_the_l2_that_was_chosen(run, tmp_path):
     run.save(tmp_path / "old")
     as_in_format_2(tmp_path / "old")
-    read = fasttower.load_run(tmp_path / "old")
+    read = fasttower.load_run(tmp_path / "old", trust_files=True)
     assert (read.config.loss, read.config.negatives, read.config.l2) == ("bce", "uniform", 0.03)
     assert read.history[0].settings == "L2 0.03"
     assert read.recommend(k=3).equals(run.recommend(k=3))
@@ -158,13 +163,13 @@ def test_what_a_search_chose_may_not_be_left_open(run, tmp_path):
     run.save(tmp_path / "run")
     change_json("config.json", loss=None)(tmp_path / "run")
     with pytest.raises(FastTowerError, match="leaves open: loss"):
-        fasttower.load_run(tmp_path / "run")
+        fasttower.load_run(tmp_path / "run", trust_files=True)
 
 
 def test_a_run_of_format_1_is_read_as_it_was_and_written_in_the_format_of_today(run, tmp_path):
     run.save(tmp_path / "old")
     as_in_format_1(tmp_path / "old")
-    read = fasttower.load_run(tmp_path / "old")
+    read = fasttower.load_run(tmp_path / "old", trust_files=True)
     assert read.recommendations.equals(run.recommendations)
     read.save(tmp_path / "new")
     run.save(tmp_path / "expected")

@@ -177,4 +177,4 @@ def test_a_run_keeps_it(ratings, tmp_path):
     values = json.loads(path.read_text())
     del values["table_dtype"]
     path.write_text(json.dumps(values))
-    assert fasttower.load_run(tmp_path / "run").config.table_dtype == "float32"
+    assert fasttower.load_run(tmp_path / "run", trust_files=True).config.table_dtype == "float32"

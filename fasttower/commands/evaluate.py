@@ -6,13 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
 from fasttower.cli import parse
-from fasttower.commands.inputs import with_columns
+from fasttower.commands.inputs import RunFlags, with_columns
 from fasttower.commands.output import check_output, metrics_frame, say, show_frame, warn, write_frames
 from fasttower.config import Device
-from fasttower.run import load_run
 from fasttower.run.evaluate import METRICS
 
 DESCRIPTION = (
@@ -22,11 +19,9 @@ DESCRIPTION = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Flags:
+class Flags(RunFlags):
     """What to measure."""
 
-    run: tyro.conf.Positional[Path]
-    """The run directory."""
     test: Path
     """A file of interactions; rows rated below the run's --min-rating or --test-min-rating are none."""
     user_column: str | None = None
@@ -51,7 +46,7 @@ def run(arguments: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
     flags = parse(Flags, arguments, prog="fasttower evaluate", description=DESCRIPTION)
     check_output(flags.output)
-    trained = load_run(flags.run, flags.device)
+    trained = flags.load(flags.device)
     trained = with_columns(trained, flags.test, flags.user_column, flags.item_column, flags.rating_column)
     found = trained.evaluate(flags.test, flags.metrics, flags.k, filter_seen=flags.filter_seen)
     table = metrics_frame(found.metrics, found.popularity)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
 from fasttower.cli import parse
+from fasttower.commands.inputs import RunFlags
 from fasttower.commands.output import say
-from fasttower.run import load_run
+from fasttower.json_files import read_object
 from fasttower.run.export import Format
 
 DESCRIPTION = (
@@ -21,11 +19,9 @@ DESCRIPTION = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Flags:
+class Flags(RunFlags):
     """What to write, and where."""
 
-    run: tyro.conf.Positional[Path]
-    """The run directory."""
     to: Path
     """The folder to write to; one that is not empty is refused."""
     format: Format = "parquet"
@@ -35,9 +31,9 @@ class Flags:
 def run(arguments: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
     flags = parse(Flags, arguments, prog="fasttower export", description=DESCRIPTION)
-    for path in load_run(flags.run).export(flags.to, flags.format):
+    for path in flags.load().export(flags.to, flags.format):
         say(f"{path}  {path.stat().st_size:,} bytes")
-    about = json.loads((flags.to / "about.json").read_text())
+    about = read_object(flags.to / "about.json")
     for name in about:
         if name.startswith("recall"):
             say(f"{name} {about[name]:.4f} of the exact ranking, with set_ef({about['ef']})")

@@ -4,31 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import polars as pl
-import tyro
 
 from fasttower.cli import parse
+from fasttower.commands.inputs import RunFlags
 from fasttower.commands.output import metrics_frame, say, show_frame
 from fasttower.console import counted_noun
-from fasttower.run import load_run
 
 DESCRIPTION = "What a run is, and how good.\n\nExample: fasttower info runs/mine"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Flags:
+class Flags(RunFlags):
     """Which run."""
-
-    run: tyro.conf.Positional[Path]
-    """The run directory."""
 
 
 def run(arguments: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
     flags = parse(Flags, arguments, prog="fasttower info", description=DESCRIPTION)
-    trained = load_run(flags.run)
+    trained = flags.load()
     config, metrics = trained.config, trained.metrics
     bias = "with" if config.item_bias else "without"
     say(f"{flags.run}: {config.data}, seed {config.seed}")
@@ -46,7 +41,7 @@ def run(arguments: Sequence[str]) -> int:
     if metrics.get("test"):
         table = metrics_frame(metrics["test"], metrics["popularity"])
         show_frame(table, f"test part: {metrics['test_users']:,} users")
-        if config.filter_seen and metrics["test_pairs_in_fit"]:
+        if config.filter_seen and metrics.get("test_pairs_in_fit"):
             say(f"{metrics['test_pairs_in_fit']:,} test pairs were left out as seen; each is a miss")
     else:
         why = "not measured since its update" if metrics.get("updates") else "no test part"

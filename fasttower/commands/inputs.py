@@ -3,22 +3,42 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import polars as pl
+import tyro
 
 from fasttower.data.columns import check_named, find_id_column
 from fasttower.data.sources import open_table
-from fasttower.errors import FastTowerError, whole_number
-from fasttower.run import Run
+from fasttower.errors import FastTowerError, quoted, reason, shown, whole_number
+from fasttower.files import check_regular, open_regular
+from fasttower.run import Run, load_run
 
 _UNITS = {"": 1, "B": 1}
 _UNITS |= {unit: 10 ** (3 * n) for n, letter in enumerate("KMG", 1) for unit in (letter, f"{letter}B")}
 _UNITS |= {f"{letter}IB": 2 ** (10 * n) for n, letter in enumerate("KMG", 1)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFlags:
+    """The flags of every command that reads a run."""
+
+    run: tyro.conf.Positional[Path]
+    """The run directory."""
+    trust_files: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Load the run though its files are not those of its manifest, or it has none, as those that an older
+    version wrote. What the files hold is checked all the same."""
+
+    def load(self, device: str = "cpu") -> Run:
+        """The run."""
+        return load_run(self.run, device, trust_files=self.trust_files)
 
 
 def ids_from_words(words: Sequence[str], id_map: pl.DataFrame) -> pl.Series:
@@ -42,25 +62,26 @@ def ids_from_file(path: Path, id_map: pl.DataFrame, asked: str | None) -> pl.Ser
     """
     column, suffix = id_map.columns[0], path.suffix.lower()
     try:
+        check_regular(path)
         if suffix in (".parquet", ".pq"):
             rows = pl.scan_parquet(path, glob=False)
         elif suffix in (".csv", ".tsv"):
             separator = "," if suffix == ".csv" else "\t"
             rows = pl.scan_csv(path, separator=separator, infer_schema=False, glob=False)
         else:
-            lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+            with open_regular(path) as file:
+                lines = [line.strip() for line in file.read().decode("utf-8-sig").splitlines()]
             rows = pl.LazyFrame({column: [line for line in lines if line]}, schema={column: pl.String})
         found = rows.collect_schema().names()
         name = find_id_column(found, column, str(path), asked)
         if len(found) == 1 and name in id_map[column].cast(pl.String):
             raise FastTowerError(
-                f"{path}: its first line should name the column, and is {name!r}, an id of the run; write"
-                f" {column} above it."
+                f"{shown(path)}: its first line should name the column, and is {quoted(name)}, an id of the"
+                f" run; write {column} above it."
             )
         ids = rows.select(pl.col(name).alias(column)).collect().to_series().drop_nulls()
-    except (OSError, UnicodeDecodeError, pl.exceptions.PolarsError) as error:
-        reason = str(error).strip().split("\n", maxsplit=1)[0]
-        raise FastTowerError(f"{path} cannot be read as a list of ids ({reason}).") from error
+    except (OSError, UnicodeDecodeError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+        raise FastTowerError(f"{shown(path)} cannot be read as a list of ids ({reason(error)}).") from error
     return _as_in_run(ids, id_map, str(path))
 
 
@@ -70,17 +91,21 @@ def _as_in_run(ids: pl.Series, id_map: pl.DataFrame, where: str) -> pl.Series:
         ids = ids.cast(pl.String)
     if not (ids.dtype.is_integer() or ids.dtype == pl.String):
         raise FastTowerError(
-            f"{where}: {ids.name} is {ids.dtype}; expected {wanted}, as those of the run are."
+            f"{shown(where)}: {ids.name} is {ids.dtype}; expected {wanted}, as those of the run are."
         )
     if ids.dtype.is_integer() and wanted == pl.String:
-        raise FastTowerError(f"{where}: {ids.name} holds integers; those of the run are text, write them so.")
+        raise FastTowerError(
+            f"{shown(where)}: {ids.name} holds integers; those of the run are text, write them so."
+        )
     if ids.dtype.is_integer() or wanted == pl.String:
         return ids
     # In the run's type or, for ids that do not fit it and so are not in the run, in the widest.
     numbers = ids.cast(pl.Int128, strict=False)
     odd = ids.filter(numbers.is_null())
     if len(odd):
-        raise FastTowerError(f"{where}: {ids.name} {odd[0]!r} is no integer, as those of the run are.")
+        raise FastTowerError(
+            f"{shown(where)}: {ids.name} {quoted(odd[0])} is no integer, as those of the run are."
+        )
     narrow = numbers.cast(wanted, strict=False)
     return numbers if narrow.null_count() else narrow
 
@@ -97,9 +122,10 @@ def bytes_from_text(text: str | None) -> int | None:
     unit = match[2].upper() if match else None
     if match is None or unit not in _UNITS:
         raise FastTowerError(
-            f"--memory-budget is {text!r}; expected a number and a unit, such as 500MB or 4GB."
+            f"--memory-budget is {quoted(text)}; expected a number and a unit, such as 500MB or 4GB."
         )
-    return whole_number("--memory-budget", int(float(match[1]) * _UNITS[unit]))
+    count = float(match[1]) * _UNITS[unit]
+    return whole_number("--memory-budget", int(count) if math.isfinite(count) else sys.maxsize)
 
 
 def with_columns(

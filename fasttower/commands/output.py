@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import polars as pl
 from polars.io.plugins import register_io_source
-from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
-from fasttower.console import Console
-from fasttower.errors import FastTowerError
+from fasttower.console import Console, literal
+from fasttower.errors import FastTowerError, quoted, reason, shown
+from fasttower.files import check_regular
 
 SHOWN_ROWS = 50
 
@@ -28,9 +29,14 @@ def check_output(path: Path | None) -> None:
     if path is None:
         return
     if path.suffix.lower() not in _WRITERS:
-        raise FastTowerError(f"--output is {path}; expected a name that ends in {', '.join(_WRITERS)}.")
-    if path.is_dir() or not path.resolve().parent.is_dir():
-        raise FastTowerError(f"--output {path} cannot be written: there is no folder for it, or it is one.")
+        raise FastTowerError(
+            f"--output is {quoted(path)}; expected a name that ends in {', '.join(_WRITERS)}."
+        )
+    target = Path(os.path.realpath(path))
+    if target.exists():
+        check_regular(target, f"--output {shown(path)}")
+    if not target.parent.is_dir():
+        raise FastTowerError(f"--output {shown(path)} cannot be written: there is no folder for it.")
 
 
 def write_frames(frames: Iterator[pl.DataFrame], path: Path) -> int:
@@ -43,7 +49,7 @@ def write_frames(frames: Iterator[pl.DataFrame], path: Path) -> int:
     Raises:
         FastTowerError: the file cannot be written; and whatever the frames raise.
     """
-    path = path.resolve()  # what a link points to is what is replaced
+    path = Path(os.path.realpath(path))  # what a link points to is what is replaced
     count = 0
     failure: BaseException | None = None
 
@@ -65,8 +71,7 @@ def write_frames(frames: Iterator[pl.DataFrame], path: Path) -> int:
     except (OSError, pl.exceptions.PolarsError) as error:
         if failure is not None:
             raise failure from None
-        reason = str(error).strip().split("\n", maxsplit=1)[0]
-        raise FastTowerError(f"--output {path} cannot be written: {reason}.") from error
+        raise FastTowerError(f"--output {shown(path)} cannot be written: {reason(error)}.") from error
     return count
 
 
@@ -107,11 +112,11 @@ def metrics_frame(model: Mapping[str, float], popularity: Mapping[str, float]) -
 
 def show_frame(frame: pl.DataFrame, title: str = "") -> None:
     """Print a frame as a table, its first rows where there are many."""
-    table = Table(title=escape(title) or None, title_justify="left")
+    table = Table(title=literal(title) or None, title_justify="left")
     for name, dtype in frame.schema.items():
         number = dtype.is_float() or name == "rank"
         # An id that is cut short is another id.
-        table.add_column(escape(name), justify="right" if number else "left", overflow="fold")
+        table.add_column(literal(name), justify="right" if number else "left", overflow="fold")
     for row in frame.head(SHOWN_ROWS).iter_rows():
         table.add_row(*(_text(value) for value in row))
     console = Console()
@@ -122,18 +127,18 @@ def show_frame(frame: pl.DataFrame, title: str = "") -> None:
 
 def warn(line: str) -> None:
     """Print a line that must not be missed, on stderr."""
-    Console(stderr=True, wide=True).print(f"[bold yellow]warning:[/] {escape(line)}")
+    Console(stderr=True, wide=True).print(f"[bold yellow]warning:[/] {literal(line)}")
 
 
 def say(line: str) -> None:
     """Print a line."""
-    Console(wide=True).print(escape(line))
+    Console(wide=True).print(literal(line))
 
 
 def _text(value: object) -> str:
     if value is None:
         return ""
-    return f"{value:.4f}" if isinstance(value, float) else escape(str(value))
+    return f"{value:.4f}" if isinstance(value, float) else literal(value)
 
 
 def counted(frames: Iterator[pl.DataFrame], users: int) -> Iterator[pl.DataFrame]:

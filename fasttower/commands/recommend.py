@@ -7,16 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import polars as pl
-import tyro
 
 from fasttower.cli import parse
-from fasttower.commands.inputs import bytes_from_text, ids_from_file, ids_from_words, with_columns
+from fasttower.commands.inputs import RunFlags, bytes_from_text, ids_from_file, ids_from_words, with_columns
 from fasttower.commands.output import check_output, counted, say, show_frame, warn, write_frames
 from fasttower.config import Device
 from fasttower.data.later_rows import positives, read_later_rows
-from fasttower.errors import FastTowerError
+from fasttower.errors import FastTowerError, shown
 from fasttower.retrieval.ids import IdMap, Unknown
-from fasttower.run import Run, load_run
+from fasttower.run import Run
 from fasttower_kernels.topk import Scoring
 
 DESCRIPTION = (
@@ -27,11 +26,9 @@ _SHOWN_USERS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Flags:
+class Flags(RunFlags):
     """What to recommend, to whom, and where to write it."""
 
-    run: tyro.conf.Positional[Path]
-    """The run directory."""
     user: tuple[str, ...] = ()
     """Ids of users to recommend to."""
     users: Path | None = None
@@ -71,10 +68,10 @@ def run(arguments: Sequence[str]) -> int:
     budget = bytes_from_text(flags.memory_budget)
     if flags.new is not None and (flags.user or flags.users):
         raise FastTowerError("--new is given with --user or --users; give one of them.")
-    trained = load_run(flags.run, flags.device)
+    trained = flags.load(flags.device)
     columns = flags.user_column, flags.item_column, flags.rating_column
     asked = with_columns(trained, flags.new, *columns).config
-    deny, allow = (_items(file, trained, asked.item_column) for file in (flags.deny, flags.allow))
+    deny, allow = _items(flags, trained, asked.item_column)
     users: pl.Series | None = None
     if flags.user or flags.users:
         named = [ids_from_words(flags.user, trained.users)] if flags.user else []
@@ -129,13 +126,16 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _items(file: Path | None, trained: Run, column: str | None) -> pl.Series | None:
-    """The ids of a --deny or --allow file."""
-    if file is None:
-        return None
-    ids = ids_from_file(file, trained.items, column)
-    _warn_of_unknown(str(file), ids, trained.retriever.items)
-    return ids
+def _items(flags: Flags, trained: Run, column: str | None) -> tuple[pl.Series | None, pl.Series | None]:
+    """The ids of the --deny and --allow files."""
+    files, id_map = (flags.deny, flags.allow), trained.retriever.items
+    deny, allow = (None if file is None else ids_from_file(file, trained.items, column) for file in files)
+    if allow is not None and not len(id_map.find(allow, "skip")):
+        raise FastTowerError(f"{shown(flags.allow)}: the run knows none of its items; allow at least one.")
+    for file, ids in zip(files, (deny, allow), strict=True):
+        if ids is not None:
+            _warn_of_unknown(shown(file), ids, id_map)
+    return deny, allow
 
 
 def _warn_of_unknown(where: str, ids: pl.Series, id_map: IdMap) -> None:

@@ -7,14 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import polars as pl
-import tyro
 
 from fasttower.cli import parse
-from fasttower.commands.inputs import ids_from_words
+from fasttower.commands.inputs import RunFlags, ids_from_words
 from fasttower.commands.output import check_output, say, show_frame, write_frames
 from fasttower.errors import FastTowerError
 from fasttower.retrieval.ids import Unknown
-from fasttower.run import load_run
 
 DESCRIPTION = (
     "The items or users whose vectors have the largest cosine to those of some.\n\n"
@@ -23,11 +21,9 @@ DESCRIPTION = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Flags:
+class Flags(RunFlags):
     """Whose neighbours."""
 
-    run: tyro.conf.Positional[Path]
-    """The run directory."""
     item: tuple[str, ...] = ()
     """Ids of items."""
     user: tuple[str, ...] = ()
@@ -46,7 +42,7 @@ def run(arguments: Sequence[str]) -> int:
     check_output(flags.output)
     if bool(flags.item) == bool(flags.user):
         raise FastTowerError("give the ids of items with --item, or of users with --user.")
-    trained = load_run(flags.run)
+    trained = flags.load()
     if flags.item:
         items = ids_from_words(flags.item, trained.items)
         frame = trained.similar_items(items, flags.k, unknown=flags.unknown)

@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any, Protocol
 
-from fasttower.errors import FastTowerError
+from fasttower.errors import FastTowerError, quoted, reason, shown
 
 ADDRESS = "https://files.grouplens.org/datasets/movielens"
 
@@ -55,7 +55,7 @@ def find_or_download(name: str, data_root: Path | None = None, on_download: Prog
     """
     if name not in MOVIELENS:
         known = ", ".join((*MOVIELENS, *SYNTHETIC))
-        raise FastTowerError(f"no data set is named {name!r}; expected one of {known}")
+        raise FastTowerError(f"no data set is named {quoted(name)}; expected one of {known}")
     import pooch  # noqa: PLC0415 - only for the named sets
 
     try:
@@ -70,7 +70,7 @@ def find_or_download(name: str, data_root: Path | None = None, on_download: Prog
                     return folder / candidate
             except OSError as error:
                 raise FastTowerError(
-                    f"the data folder {folder} cannot be looked into ({error.strerror});"
+                    f"the data folder {shown(folder)} cannot be looked into ({reason(error)});"
                     " name another with --data-root"
                 ) from error
     return _download(name, cache, on_download)
@@ -94,9 +94,9 @@ def _download(name: str, folder: Path, on_download: Progress | None) -> Path:
     except (OSError, ValueError) as error:  # requests' errors are OSErrors; a wrong checksum is a ValueError
         # requests' own words for a missing network are three exceptions inside each other.
         offline = getattr(error, "response", error) is None
-        reason = "no connection" if offline else str(error).strip().split("\n", maxsplit=1)[0]
+        why = "no connection" if offline else reason(error)
         raise FastTowerError(
-            f"{name} is not on this machine and {address} could not be downloaded ({reason});"
-            f" download it elsewhere and put it in {folder}, or name its folder with --data-root"
+            f"{name} is not on this machine and {address} could not be downloaded ({why});"
+            f" download it elsewhere and put it in {shown(folder)}, or name its folder with --data-root"
         ) from error
     return Path(path)

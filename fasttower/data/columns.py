@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from fasttower.config import DataConfig
-from fasttower.errors import FastTowerError
+from fasttower.errors import FastTowerError, listed, quoted, shown
 
 # The names that published data sets use, by preference; compared without case, "_", "-" and spaces.
 _ALIASES = {
@@ -80,7 +80,7 @@ def find_columns(
             mapping[role] = column
     if len(set(mapping.values())) < len(mapping):
         raise FastTowerError(
-            f"{name}: one column cannot be two things, {mapping}; name them with --user-column ..."
+            f"{name}: one column cannot be two things, {shown(mapping)}; name them with --user-column ..."
         )
     return mapping
 
@@ -126,12 +126,14 @@ def check_named(found: Sequence[str], named: Mapping[str, str], name: str) -> No
     bare = _bare(found)
     for flag, column in named.items():
         if column not in found and column not in bare:
-            raise FastTowerError(f"{name}: no column {column!r} ({flag}); its columns are {_listed(found)}")
+            raise FastTowerError(
+                f"{name}: no column {quoted(column)} ({flag}); its columns are {_listed(found)}"
+            )
 
 
 def _listed(found: Sequence[str]) -> str:
     """The columns for a message; of many the first."""
-    return ", ".join(repr(column) for column in found[:20])
+    return listed(map(repr, found), 20)
 
 
 def _bare(found: Sequence[str]) -> dict[str, str]:

@@ -23,7 +23,7 @@ import polars as pl
 from fasttower.data import timestamps
 from fasttower.data.columns import POSITIONAL, find_columns
 from fasttower.data.sources import Table, check_fields, open_table
-from fasttower.errors import FastTowerError
+from fasttower.errors import FastTowerError, quoted
 
 _SAMPLE_ROWS = 1000
 _BLOCK_BYTES = 1 << 18  # fits the second-level cache
@@ -150,7 +150,7 @@ def _read_carefully(
             row, value, _ = found.filter("bad").head(1).collect().row(0)
             raise FastTowerError(
                 f"{table.name}, {table.row_word} {table.first_row + row}: {role} is {problem}"
-                f" (found {value!r}); correct or remove such rows, or name another column"
+                f" (found {quoted(value)}); correct or remove such rows, or name another column"
             )
     return frame
 

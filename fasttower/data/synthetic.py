@@ -34,7 +34,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fasttower.errors import FastTowerError
+from fasttower.errors import FastTowerError, quoted, reason, shown
 from fasttower_kernels.philox import Purpose, derive_key
 
 __all__ = [
@@ -218,7 +218,9 @@ def generate(name: str, seed: int) -> SyntheticData:
         FastTowerError: no shape has that name.
     """
     if name not in SHAPES:
-        raise FastTowerError(f"unknown synthetic data set {name!r}, expected one of {', '.join(SHAPES)}")
+        raise FastTowerError(
+            f"unknown synthetic data set {quoted(name)}, expected one of {', '.join(SHAPES)}"
+        )
     return generate_shape(SHAPES[name], seed)
 
 
@@ -261,7 +263,9 @@ def write_csv(data: SyntheticData, path: str | Path) -> None:
     try:
         frame.write_csv(path, float_precision=1)
     except OSError as error:
-        raise FastTowerError(f"can't write {path} ({error}): name a file in an existing folder") from error
+        raise FastTowerError(
+            f"can't write {shown(path)} ({reason(error)}): name a file in an existing folder"
+        ) from error
 
 
 def popularity(shape: Shape) -> Doubles:

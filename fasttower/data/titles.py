@@ -10,6 +10,10 @@ from pathlib import Path
 
 import polars as pl
 
+from fasttower.data.sources import BAD_ZIP
+from fasttower.errors import FastTowerError
+from fasttower.files import open_regular
+
 
 @dataclass(frozen=True)
 class _Layout:
@@ -26,6 +30,7 @@ _LAYOUTS = {
     "movies.csv": _Layout("ratings.csv", ",", "utf-8-sig"),
 }
 _HEADER = ["movieId", "title"]
+_MOST_BYTES = 1 << 26  # twenty times those of the largest release
 
 
 def read_titles(source: Path) -> pl.DataFrame | None:
@@ -38,16 +43,16 @@ def read_titles(source: Path) -> pl.DataFrame | None:
     try:
         found = _from_zip(source) if source.suffix.lower() == ".zip" else _from_folder(source)
         return None if found is None else _parse(*found)
-    except (OSError, ValueError, zipfile.BadZipFile, csv.Error):
+    except (OSError, ValueError, OverflowError, csv.Error, FastTowerError, *BAD_ZIP):
         return None
 
 
 def _from_zip(archive: Path) -> tuple[bytes, _Layout] | None:
-    with zipfile.ZipFile(archive) as opened:
-        for member in opened.namelist():
-            layout = _LAYOUTS.get(Path(member).name)
-            if layout and not member.startswith("__MACOSX"):
-                return opened.read(member), layout
+    with open_regular(archive) as file, zipfile.ZipFile(file) as opened:
+        for member in opened.infolist():
+            layout = _LAYOUTS.get(Path(member.filename).name)
+            if layout and not member.filename.startswith("__MACOSX"):
+                return (opened.read(member), layout) if member.file_size <= _MOST_BYTES else None
     return None
 
 
@@ -58,7 +63,8 @@ def _from_folder(source: Path) -> tuple[bytes, _Layout] | None:
             ratings = folder / layout.ratings
             # A file of another name has other items, whatever lies beside it.
             if (folder / name).is_file() and ratings.is_file() and (source.is_dir() or source == ratings):
-                return (folder / name).read_bytes(), layout
+                with open_regular(folder / name, most_bytes=_MOST_BYTES) as file:
+                    return file.read(), layout
     return None
 
 
@@ -71,6 +77,8 @@ def _parse(content: bytes, layout: _Layout) -> pl.DataFrame | None:
     else:
         rows = [line.split(layout.separator) for line in text.splitlines()]
     titles = {int(row[0]): row[1] for row in rows if len(row) > 1}
+    if any(abs(item) >= 1 << 63 for item in titles):
+        return None
     return pl.DataFrame(
         {"item_id": list(titles), "title": list(titles.values())},
         schema={"item_id": pl.Int64, "title": pl.String},

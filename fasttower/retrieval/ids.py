@@ -10,7 +10,7 @@ import polars as pl
 
 from fasttower.data.columns import find_id_column
 from fasttower.data.sources import open_table
-from fasttower.errors import FastTowerError
+from fasttower.errors import FastTowerError, listed, quoted, reason
 
 Unknown = Literal["raise", "skip"]
 
@@ -130,7 +130,7 @@ class IdMap:
         if unknown == "skip" or not index.null_count():
             return
         missing = ids.filter(index.is_null()).unique(maintain_order=True)
-        some = ", ".join(repr(value) for value in missing.head(_NAMED_IN_ERRORS))
+        some = listed(map(repr, missing.head(_NAMED_IN_ERRORS)))
         more = ", ..." if len(missing) > _NAMED_IN_ERRORS else ""
         raise FastTowerError(
             f"{len(missing):,} of {ids.n_unique():,} {_plural(self.id_name)} are not in the run:"
@@ -146,7 +146,7 @@ def check_choice(unknown: Unknown) -> None:
         FastTowerError: neither "raise" nor "skip".
     """
     if unknown not in get_args(Unknown):
-        raise FastTowerError(f"unknown is {unknown!r}; expected 'raise' or 'skip'.")
+        raise FastTowerError(f"unknown is {quoted(unknown)}; expected 'raise' or 'skip'.")
 
 
 def _as_series(ids: Any, like: pl.Series) -> pl.Series:  # noqa: ANN401
@@ -169,9 +169,8 @@ def _as_series(ids: Any, like: pl.Series) -> pl.Series:  # noqa: ANN401
             raise TypeError("they are bytes")  # noqa: TRY301 - the same message as other types get
         series = pl.Series(like.name, ids)
     except (TypeError, ValueError, OverflowError, pl.exceptions.PolarsError) as error:
-        reason = str(error).split("\n", maxsplit=1)[0]
         raise FastTowerError(
-            f"{_plural(like.name)} cannot be read ({reason}); expected a list of {like.dtype}."
+            f"{_plural(like.name)} cannot be read ({reason(error)}); expected a list of {like.dtype}."
         ) from error
     if series.is_empty():
         return like.clear()

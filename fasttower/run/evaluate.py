@@ -9,7 +9,7 @@ from typing import Any
 import polars as pl
 
 from fasttower.data.later_rows import positives, read_later_rows
-from fasttower.errors import FastTowerError, whole_number
+from fasttower.errors import FastTowerError, quoted, whole_number
 from fasttower.evaluation.popularity import most_popular
 from fasttower.evaluation.replay_report import replay_metrics
 from fasttower.retrieval import recommendation_frame
@@ -54,7 +54,7 @@ def evaluate(
     """See `Run.evaluate`."""
     chosen = [metrics] if isinstance(metrics, str) else METRICS if metrics is None else metrics
     if not isinstance(chosen, Sequence) or not chosen or not all(name in METRICS for name in chosen):
-        raise FastTowerError(f"metrics are {metrics!r}; expected some of {', '.join(METRICS)}.")
+        raise FastTowerError(f"metrics are {quoted(metrics)}; expected some of {', '.join(METRICS)}.")
     k = whole_number("k", k)
     config, retriever = record.config, record.retriever
     least = [value for value in (config.min_rating, config.test_min_rating) if value is not None]

@@ -15,8 +15,9 @@ import numpy as np
 import polars as pl
 import torch
 
-from fasttower.errors import FastTowerError
-from fasttower.run.directory import run_path, write_json
+from fasttower.errors import FastTowerError, quoted
+from fasttower.files import as_path
+from fasttower.json_files import write_object
 from fasttower.run.new_directory import all_or_nothing, reserved
 from fasttower.run.record import Record
 from fasttower_kernels.topk import top_k
@@ -33,9 +34,9 @@ _HNSW_EF, _HNSW_JUDGES = 100, 1000
 def export(record: Record, to: str | Path, kind: Format) -> list[Path]:
     """See `Run.export`."""
     if kind not in get_args(Format):
-        raise FastTowerError(f"the format is {kind!r}; expected one of {', '.join(get_args(Format))}.")
+        raise FastTowerError(f"the format is {quoted(kind)}; expected one of {', '.join(get_args(Format))}.")
     library = _library(kind)
-    to = run_path(to)
+    to = as_path(to)
     with reserved(to), all_or_nothing(to) as folder:
         users, items = _vectors_with_bias(record)
         about = {
@@ -57,7 +58,7 @@ def export(record: Record, to: str | Path, kind: Format) -> list[Path]:
             _write_faiss(library, folder, items)
         elif library is not None:
             about |= _write_hnswlib(library, folder, users, items)
-        write_json(folder / "about.json", about)
+        write_object(folder / "about.json", about)
     return sorted(to.iterdir())
 
 

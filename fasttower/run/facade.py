@@ -11,8 +11,9 @@ import polars as pl
 from torch import Tensor
 
 from fasttower.device import choose_device
+from fasttower.files import as_path
 from fasttower.retrieval.ids import Unknown
-from fasttower.run.directory import read_run, run_path, write_run
+from fasttower.run.directory import read_run, write_run
 from fasttower.run.evaluate import Evaluation, evaluate
 from fasttower.run.export import Format, export
 from fasttower.run.new_directory import reserved
@@ -283,7 +284,7 @@ class Run(Record):
         Raises:
             FastTowerError: the directory is not empty, or cannot be written.
         """
-        path = run_path(path)
+        path = as_path(path)
         with reserved(path):
             write_run(self, path)
 
@@ -293,18 +294,21 @@ def _vectors(ids: pl.Series, vectors: Tensor) -> pl.DataFrame:
     return pl.DataFrame([ids, pl.Series("vector", values, dtype=pl.Array(pl.Float32, values.shape[1]))])
 
 
-def load_run(path: str | Path, device: str = "cpu") -> Run:
+def load_run(path: str | Path, device: str = "cpu", *, trust_files: bool = False) -> Run:
     """Read a run directory.
 
     Args:
         path: the directory.
         device: where the model is to be, wherever it was trained: "auto", "cpu", "cuda" or "mps".
+        trust_files: load it though its files are not those of its manifest, or it has none, as runs that an
+            older version wrote. What the files hold is checked all the same.
 
     Raises:
-        FastTowerError: a file is missing or is not what it should be, or there is no such device.
+        FastTowerError: a file is missing, is not what it should be, or is not the one that the run was
+            written with; or there is no such device.
     """
     place, _ = choose_device(device, strict=True)
-    fields = read_run(run_path(path))
+    fields = read_run(as_path(path), trust_files=trust_files)
     fields["model"] = fields["model"].to(place)
     fields["known_positives"] = fields["known_positives"].to(place)
     return Run(**fields)

@@ -15,7 +15,7 @@ from typing import BinaryIO
 import polars as pl
 from safetensors import SafetensorError
 
-from fasttower.errors import FastTowerError
+from fasttower.errors import FastTowerError, reason, shown
 
 # What is in a directory beside its files while they are being written.
 _LOCK, _UNFINISHED = ".lock", ".unfinished-"
@@ -48,7 +48,7 @@ def reserved(path: Path, *, numbered: bool = False) -> Iterator[Path]:
                 shutil.rmtree(leftover)
         except OSError as error:
             raise FastTowerError(
-                f"the directory {path} cannot be written: {error}; give another directory."
+                f"the directory {shown(path)} cannot be written: {reason(error)}; give another directory."
             ) from error
         yield path
 
@@ -80,7 +80,7 @@ def _removed_on_failure(path: Path) -> Iterator[None]:
 
 def _check_empty(path: Path) -> None:
     if any(file.name != _LOCK and not file.name.startswith(_UNFINISHED) for file in path.iterdir()):
-        raise FastTowerError(f"the directory {path} is not empty; give another directory.")
+        raise FastTowerError(f"the directory {shown(path)} is not empty; give another directory.")
 
 
 @contextlib.contextmanager
@@ -93,7 +93,8 @@ def _locked(path: Path) -> Iterator[None]:
                 raise FileNotFoundError  # noqa: TRY301 - who had it has just taken it away
         except (BlockingIOError, FileNotFoundError):
             raise FastTowerError(
-                f"the directory {path} is in use, another run is to be written there; give another directory."
+                f"the directory {shown(path)} is in use, another run is to be written there; give another"
+                " directory."
             ) from None
         try:
             yield
@@ -123,12 +124,16 @@ def _lock(file: BinaryIO) -> None:
 
 
 @contextlib.contextmanager
-def all_or_nothing(run_dir: Path) -> Iterator[Path]:
+def all_or_nothing(run_dir: Path, *, last: str = "") -> Iterator[Path]:
     """A folder to write files to; they are moved into the directory when all of them are whole.
 
     So a write that fails leaves nothing there. A process that is killed leaves this folder, which `reserved`
     takes away; or, killed between two moves, some of the files, which are no run to `read_run`. The folder is
     inside the directory: what is beside it may be another disk, or not ours to write to.
+
+    Args:
+        run_dir: the directory.
+        last: the name of the file that is moved after all others.
 
     Raises:
         FastTowerError: a file cannot be written.
@@ -136,7 +141,7 @@ def all_or_nothing(run_dir: Path) -> Iterator[Path]:
     try:
         with tempfile.TemporaryDirectory(dir=run_dir, prefix=_UNFINISHED) as folder:
             yield Path(folder)
-            for file in Path(folder).iterdir():
+            for file in sorted(Path(folder).iterdir(), key=lambda file: file.name == last):
                 file.rename(run_dir / file.name)
     except (OSError, SafetensorError, pl.exceptions.PolarsError) as error:
-        raise FastTowerError(f"{run_dir} cannot be written: {error}.") from error
+        raise FastTowerError(f"{shown(run_dir)} cannot be written: {reason(error)}.") from error

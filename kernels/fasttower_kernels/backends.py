@@ -12,7 +12,7 @@ from types import ModuleType
 
 import torch
 
-from fasttower_kernels.errors import FastTowerError
+from fasttower_kernels.errors import FastTowerError, quoted
 from fasttower_kernels.settings import Backend
 
 # The device that a backend runs on, and the package that it needs.
@@ -48,7 +48,9 @@ def choose_backend(backend: Backend, device: torch.device) -> tuple[str, str]:
                 return name, f"the fastest on {device.type}"
         return "torch", f"no fused backend for {device.type}"
     if backend not in _NEEDS:
-        raise FastTowerError(f"backend is {backend!r}; this version has auto, torch and {', '.join(_NEEDS)}.")
+        raise FastTowerError(
+            f"backend is {quoted(backend)}; this version has auto, torch and {', '.join(_NEEDS)}."
+        )
     needed_device, _ = _NEEDS[backend]
     if device.type != needed_device:
         raise FastTowerError(
@@ -64,6 +66,8 @@ def _lack(name: str) -> str | None:
     package = _NEEDS[name][1]
     if not importlib.util.find_spec(package):
         return f"needs the package {package}, which is not installed"
+    if package == "numba" and importlib.import_module("numba").config.DISABLE_JIT:
+        return "cannot compile, for NUMBA_DISABLE_JIT is set"
     if package == "triton":
         version: str = importlib.import_module(package).__version__
         if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TRITON:

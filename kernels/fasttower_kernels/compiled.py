@@ -8,7 +8,10 @@ values.
 from __future__ import annotations
 
 import hashlib
+import stat
+import warnings
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -67,9 +70,26 @@ def entry_point(function: Function) -> Function:
     except RuntimeError:  # neither the package's folder nor the user's cache folder can be written
         compiled = njit(nogil=True, **_LOOPS)(function)
     else:
-        _read_what_can_be_read(compiled)
+        if _anybody_may_write(compiled._cache.cache_path):
+            compiled = njit(nogil=True, **_LOOPS)(function)
+        else:
+            _read_what_can_be_read(compiled)
     entry: Function = compiled
     return entry
+
+
+@cache
+def _anybody_may_write(folder: str) -> bool:
+    """Whether others may put files into the cache: they are pickle, and reading them would run their code."""
+    found = Path(folder).stat() if Path(folder).exists() else None
+    if found is None or not found.st_mode & stat.S_IWOTH:
+        return False
+    warnings.warn(
+        f"anybody may write to numba's cache, {folder}: it is not used, and every process compiles anew; take"
+        " that right away (chmod o-w), or name another folder with NUMBA_CACHE_DIR",
+        stacklevel=3,
+    )
+    return True
 
 
 def _read_what_can_be_read(compiled: Any) -> None:  # noqa: ANN401 - numba's dispatchers have no type

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from fasttower_kernels.errors import FastTowerError
+from fasttower_kernels.errors import FastTowerError, quoted
 
 Scoring = Literal["float32", "tf32", "bfloat16"]
 
@@ -29,7 +29,7 @@ def check_scoring(scoring: Scoring, device: torch.device) -> None:
         FastTowerError: it cannot, or there is no such scoring.
     """
     if scoring not in get_args(Scoring):
-        raise FastTowerError(f"scoring is {scoring!r}; expected {', '.join(get_args(Scoring))}.")
+        raise FastTowerError(f"scoring is {quoted(scoring)}; expected {', '.join(get_args(Scoring))}.")
     devices = _DEVICES[scoring]
     if devices is not None and device.type not in devices:
         raise FastTowerError(
