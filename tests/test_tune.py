@@ -151,11 +151,17 @@ def test_what_was_stopped_goes_on_as_if_it_had_not_been(undisturbed, ratings, tm
 
 
 def test_a_trial_of_a_process_that_was_killed_is_begun_again(undisturbed, ratings, tmp_path, monkeypatch):
-    storage = tmp_path / "study.db"
+    storage = tmp_path / "100%? study.db"
     tuned(ratings, storage, trials=5)
+    assert [path.name for path in tmp_path.iterdir()] == [storage.name]
+
+    def killed(*_, **__):
+        raise MemoryError
+
     with monkeypatch.context() as patched:
-        patched.setattr(Study, "_end", lambda *_: None)  # the sixth trial is never told of
-        tuned(ratings, storage, trials=6)
+        patched.setattr(optuna.Study, "tell", killed)
+        with pytest.raises(MemoryError):
+            tuned(ratings, storage, trials=6)
     again = tuned(ratings, storage)
     assert without_seconds(again.trials).equals(without_seconds(undisturbed.trials))
 
@@ -281,18 +287,8 @@ def test_without_optuna_one_line_says_what_to_install(ratings, monkeypatch):
 # The command.
 
 QUICK = [
-    "--embedding-dim",
-    "4",
-    "--epochs",
-    "2",
-    "--backend",
-    "torch",
-    "--threads",
-    "1",
-    "--batch-size",
-    "256",
-    "--num-negatives",
-    "10",
+    *("--embedding-dim", "4", "--epochs", "2", "--backend", "torch"),
+    *("--threads", "1", "--batch-size", "256", "--num-negatives", "10"),
 ]
 
 
@@ -348,6 +344,7 @@ def test_a_configuration_that_is_given_stays_as_it_is(csv, tmp_path, capsys):
         (["--bogus", "1"], "--bogus"),
         (["--to", "/no/such/folder/tuned.json"], "--to /no/such/folder/tuned.json cannot be written"),
         (["--to", __file__], "is there already"),
+        (["--to", "tuned.db"], "--to and --storage are both tuned.db"),
         (["--trials", "none at all"], "--trials"),
         (["--data", "/no/such/file.csv"], "/no/such/file.csv"),
     ],

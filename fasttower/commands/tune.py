@@ -122,6 +122,8 @@ def _check_writable(to: Path, storage: Path) -> None:
     for flag, path in (("--to", to), ("--storage", storage)):
         if path.is_dir() or not path.resolve().parent.is_dir():
             raise FastTowerError(f"{flag} {path} cannot be written: there is no folder for it, or it is one.")
+    if to == storage:
+        raise FastTowerError(f"--to and --storage are both {to}; choose two names.")
     if to.exists() and not storage.exists():
         raise FastTowerError(
             f"--to {to} is there already, without the study that it is of ({storage}); choose another --to."

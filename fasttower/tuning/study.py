@@ -6,7 +6,9 @@ on as if it had not been.
 
 from __future__ import annotations
 
+import functools
 import importlib
+import sqlite3
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -75,15 +77,18 @@ class Study:
                 f"{storage} holds a study in which {different}; give it the same data and settings, or "
                 "choose another --storage."
             )
-        for trial in self._study.get_trials(states=(self._optuna.trial.TrialState.RUNNING,)):
-            self._end(trial.number, trial.user_attrs.get(_ROW))  # its process was killed
 
     def _opened(self, storage: Path | None) -> optuna.Study:
         from sqlalchemy.exc import SQLAlchemyError  # noqa: PLC0415 - comes with optuna
 
         try:
+            kept = storage and self._optuna.storages.RDBStorage(
+                "sqlite:///study.db",
+                # In a URL, a path with ? or % would be another one.
+                engine_kwargs={"creator": functools.partial(sqlite3.connect, storage)},
+            )
             return self._optuna.create_study(
-                storage=None if storage is None else f"sqlite:///{storage}",
+                storage=kept,
                 study_name="fasttower",
                 direction="maximize",
                 load_if_exists=True,
@@ -97,8 +102,8 @@ class Study:
     @property
     def rows(self) -> list[TuneRow]:
         """The trials that have finished."""
-        found = (trial.user_attrs.get(_ROW) for trial in self._study.get_trials(deepcopy=False))
-        return [row for row in found if row is not None]
+        trials = self._study.get_trials(deepcopy=False)
+        return [one.user_attrs[_ROW] for one in trials if one.state.is_finished() and _ROW in one.user_attrs]
 
     def ask(self, first: Sequence[Mapping[str, Any]]) -> optuna.Trial:
         """Begin the next trial.
@@ -111,35 +116,29 @@ class Study:
         if done < len(first) and not waiting:
             self._study.enqueue_trial(dict(first[done]))
         draws = np.random.SeedSequence([self._seed, done]).generate_state(1)
-        self._study.sampler = self._optuna.samplers.TPESampler(seed=int(draws[0]))
+        # Other running trials are of processes that were killed: no reason to look elsewhere.
+        self._study.sampler = self._optuna.samplers.TPESampler(seed=int(draws[0]), constant_liar=False)
         return self._study.ask()
 
     def is_behind(self, trial: optuna.Trial, rung: int, score: float) -> bool:
         """Record a trial's best score up to a rung; whether the better half of the others had better ones."""
         trial.report(score, rung)
-        finished = self._study.get_trials(deepcopy=False, states=self._finished_states)
+        states = self._optuna.trial.TrialState
+        finished = self._study.get_trials(deepcopy=False, states=(states.COMPLETE, states.PRUNED))
         others = [other.intermediate_values[rung] for other in finished if rung in other.intermediate_values]
         return 2 * sum(other > score for other in others) >= len(others) + 1
 
     def end(self, trial: optuna.Trial, row: TuneRow | None) -> None:
         """Record how a trial ended; None for one that was not finished, which the next `ask` begins again."""
+        states = self._optuna.trial.TrialState
         if row is not None:
             trial.set_user_attr(_ROW, row)
-        self._end(trial.number, row)
-
-    def _end(self, number: int, row: TuneRow | None) -> None:
-        states = self._optuna.trial.TrialState
         if row is None or row["state"] == "failed":
-            self._study.tell(number, state=states.FAIL)
+            self._study.tell(trial, state=states.FAIL)
         elif row["state"] == "pruned":
-            self._study.tell(number, state=states.PRUNED)
+            self._study.tell(trial, state=states.PRUNED)
         else:
-            self._study.tell(number, row["score"])
-
-    @property
-    def _finished_states(self) -> tuple[optuna.trial.TrialState, ...]:
-        states = self._optuna.trial.TrialState
-        return states.COMPLETE, states.PRUNED
+            self._study.tell(trial, row["score"])
 
 
 def load_optuna() -> ModuleType:

@@ -225,7 +225,11 @@ class _OnlyProgress(Observer):
     """Passes progress on: a trial here is not one of a training's search."""
 
     def __init__(self, observer: Observer) -> None:
-        self.on_progress = observer.on_progress  # type: ignore[method-assign]
+        self._observer = observer
+
+    def on_progress(self, phase: str, epoch: int, epochs: int, done: int, total: int) -> None:
+        """See `Observer`."""
+        self._observer.on_progress(phase, epoch, epochs, done, total)
 
 
 def _run(
@@ -266,7 +270,7 @@ def _run(
         if row["state"] == "complete" and _goes_on(trainer):
             study.end(trial, None)
             return None
-    except (TrainingError, torch.OutOfMemoryError) as error:
+    except (FastTowerError, torch.OutOfMemoryError) as error:
         row |= {"state": "failed", "score": None, "coverage": None, "best_epoch": None, "epochs": None}
         row["reason"] = str(error).split("\n", maxsplit=1)[0]
     except BaseException:
