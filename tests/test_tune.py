@@ -155,11 +155,11 @@ def test_a_trial_of_a_process_that_was_killed_is_begun_again(undisturbed, rating
     tuned(ratings, storage, trials=5)
     assert [path.name for path in tmp_path.iterdir()] == [storage.name]
 
-    def killed(*_, **__):
+    def killed(*_):
         raise MemoryError
 
     with monkeypatch.context() as patched:
-        patched.setattr(optuna.Study, "tell", killed)
+        patched.setattr(Study, "end", killed)
         with pytest.raises(MemoryError):
             tuned(ratings, storage, trials=6)
     again = tuned(ratings, storage)

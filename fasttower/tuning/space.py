@@ -97,15 +97,15 @@ class Space:
             family = _NAMES[trial.suggest_categorical("family", [", ".join(one) for one in self.families])]
         fields |= family._asdict() | self._negatives(trial, family)
         if self._is_open("temperature") and family.similarity == "cosine":
-            fields["temperature"] = _rounded(trial.suggest_float("temperature", 0.03, 1.0, log=True))
+            fields["temperature"] = _rounded(trial.suggest_float("temperature", 0.05, 1.0, log=True))
         if self._is_open("l2") and family.similarity == "dot":
-            fields["l2"] = _rounded(trial.suggest_float("l2", 0.002, 1.0, log=True))
+            fields["l2"] = _rounded(trial.suggest_float("l2", 0.005, 0.5, log=True))
         if self._is_open("bias_l2") and self._config.item_bias and not self._config.deterministic:
             fields["bias_l2"] = trial.suggest_categorical("bias_l2", [0.0, 0.003, 0.03])
         if self._is_open("embedding_dim"):
             fields["embedding_dim"] = 8 * trial.suggest_int("embedding_dim / 8", 2, 32, log=True)
         if self._is_open("learning_rate"):
-            fields["learning_rate"] = _rounded(trial.suggest_float("learning_rate", 0.001, 0.1, log=True))
+            fields["learning_rate"] = _rounded(trial.suggest_float("learning_rate", 0.002, 0.05, log=True))
         if self._is_open("calibration") and family.loss == "gbce":
             fields["calibration"] = _rounded(trial.suggest_float("calibration", 0.0, 1.0))
 
@@ -114,7 +114,7 @@ class Space:
             batch = standard.batch_size * 2.0 ** trial.suggest_int("log2(batch_size / standard)", -2, 2)
             fields["batch_size"] = int(min(max(batch, _LEAST_BATCH), _LARGEST_BATCH))
         if self._is_open("init_scale"):
-            factor = trial.suggest_float("init_scale * sqrt(embedding_dim)", 0.01, 1.0, log=True)
+            factor = trial.suggest_float("init_scale * sqrt(embedding_dim)", 0.03, 1.0, log=True)
             fields["init_scale"] = _rounded(factor / math.sqrt(standard.embedding_dim))
         fields["epochs"] = self._config.epochs or MOST_EPOCHS
         return dataclasses.replace(self._config, **fields).resolved(*self._sizes)
@@ -127,13 +127,13 @@ class Space:
             if self._is_open("block_size"):
                 fields["block_size"] = 1 << trial.suggest_int("log2(block_size)", 6, 10)
             if self._is_open("num_negatives") and family.negatives != "in-batch":
-                fields["num_negatives"] = trial.suggest_int("num_negatives of a block", 16, 512, log=True)
+                fields["num_negatives"] = trial.suggest_int("num_negatives of a block", 16, 256, log=True)
             return fields
         if self._is_open("num_negatives"):
-            count = trial.suggest_int("num_negatives", 1, 64, log=True)
+            count = trial.suggest_int("num_negatives", 2, 32, log=True)
             fields["num_negatives"] = count = min(count, pool) if pool else count
         if self._is_open("negative_pool"):
-            factor = trial.suggest_categorical("negative_pool / num_negatives", [0, 4, 16])
+            factor = trial.suggest_categorical("negative_pool / num_negatives", [0, 2, 8])
             fields["negative_pool"] = min(factor * count, 100_000)
         if self._is_open("popularity_power") and family.negatives == "popularity":
             fields["popularity_power"] = _rounded(trial.suggest_float("popularity_power", 0.25, 1.0))

@@ -103,7 +103,7 @@ class Study:
     def rows(self) -> list[TuneRow]:
         """The trials that have finished."""
         trials = self._study.get_trials(deepcopy=False)
-        return [one.user_attrs[_ROW] for one in trials if one.state.is_finished() and _ROW in one.user_attrs]
+        return [trial.user_attrs[_ROW] for trial in trials if _ROW in trial.user_attrs]
 
     def ask(self, first: Sequence[Mapping[str, Any]]) -> optuna.Trial:
         """Begin the next trial.
