@@ -108,19 +108,19 @@ def test_the_first_parameters_are_a_trainings_own_candidates():
     assert [one.init_scale for one in first] == pytest.approx([one.init_scale for one in expected], rel=1e-3)
 
 
-def test_trials_come_to_a_configuration_that_trains_the_same(undisturbed, ratings):
-    trials = undisturbed.trials
-    assert trials["trial"].to_list() == [1, 2, 3, 4, 5, 6, 7]
-    assert trials["state"].head(5).to_list() == ["complete"] * 5
-    best = trials.filter(pl.col("state") == "complete").sort("score", descending=True).row(0, named=True)
-    config = undisturbed.config
-    assert (undisturbed.score, config.epochs) == (best["score"], best["best_epoch"])
-    assert config.search == "none"
-    assert not undisturbed.interrupted
-    run = fasttower.fit(ratings, config)
-    assert [trial["score"] for trial in run.metrics["search"]] == [undisturbed.score]
-    assert run.metrics["best_epoch"] == config.epochs
-    assert run.config == dataclasses.replace(config, data="DataFrame")
+def test_trials_come_to_a_configuration_that_trains_the_same(ratings):
+    found = tuned(ratings, config=dataclasses.replace(SMALL, loss="bce", epochs=5), trials=4)
+    assert found.trials["trial"].to_list() == [1, 2, 3, 4]
+    assert found.trials["state"].head(3).to_list() == ["complete"] * 3
+    complete = found.trials.filter(pl.col("state") == "complete")
+    best = complete.sort("score", descending=True).row(0, named=True)
+    assert (found.score, found.config.epochs) == (best["score"], best["best_epoch"])
+    assert (found.config.search, found.interrupted) == ("none", False)
+    assert best["best_epoch"] < best["epochs"] == 5  # else it would not show which of them is written
+    run = fasttower.fit(ratings, found.config)
+    assert [trial["score"] for trial in run.metrics["search"]] == [found.score]
+    assert run.metrics["best_epoch"] == found.config.epochs
+    assert run.config == dataclasses.replace(found.config, data="DataFrame")
 
 
 def test_the_default_is_no_better_on_validation(undisturbed, ratings):
@@ -209,6 +209,8 @@ def test_what_is_no_storage_is_refused(ratings, tmp_path):
     storage.write_text("no database, as its first bytes say" * 100)
     with pytest.raises(FastTowerError, match=r"study.db cannot be used as a study's storage"):
         tuned(ratings, storage)
+    with pytest.raises(FastTowerError, match="unable to open database file"):
+        tuned(ratings, tmp_path / "no folder" / "study.db")
 
 
 def test_what_diverges_has_failed_and_others_go_on(ratings, monkeypatch):
