@@ -78,6 +78,10 @@ def test_what_is_given_stays_and_so_does_what_is_kept():
     for one in drawn(Space(config, ("learning_rate",), 50_000, 1000), 30):
         assert (one.l2, one.embedding_dim, one.learning_rate, one.epochs) == (0.1, 7, 0.01, 3)
         assert one.similarity == "dot"
+    dot = Space(Config(l2=0.1, loss="bce", negatives="uniform"), (), 50_000, 1000).varied
+    assert {"temperature", "similarity", "block_size", "l2"}.isdisjoint(dot)
+    assert {"bias_l2", "negative_pool", "learning_rate"} <= set(dot)
+    assert {one.loss for one in drawn(Space(Config(), ("loss",), 50_000, 1000), 30)} == {"bce"}
     with pytest.raises(FastTowerError, match="all settings are given"):
         Space(Config(), VARIED, 50_000, 1000)
 

@@ -75,8 +75,6 @@ class Space:
         self.kept = tuple(
             name for name in VARIED if name in keep or getattr(config, name) != getattr(default, name)
         )
-        if len(self.kept) == len(VARIED):
-            raise FastTowerError(f"all settings are given; leave some of {', '.join(VARIED)} open to vary.")
         self._config, self._sizes = config, (num_rows, num_items)
         tried = [
             family
@@ -84,7 +82,39 @@ class Space:
             # On a GPU only these repeat bit for bit.
             if not config.deterministic or (family.similarity == "dot" and family.negatives in OWN_NEGATIVES)
         ]
-        self.families = among(tried, config.given)
+        standard = config.families[0]._asdict()
+        kept_of_family = {name: value for name, value in standard.items() if name in self.kept}
+        self.families = among(tried, config.given | kept_of_family)
+        if not self.varied:
+            raise FastTowerError(f"all settings are given; leave some of {', '.join(VARIED)} open to vary.")
+
+    @property
+    def varied(self) -> list[str]:
+        """Names of the fields that trials differ in."""
+        return [
+            name
+            for name in VARIED
+            if (
+                len({getattr(family, name) for family in self.families}) > 1
+                if name in Family._fields
+                else any(self._is_varied(name, family) for family in self.families)
+            )
+        ]
+
+    def _is_varied(self, name: str, family: Family) -> bool:
+        """Whether a field is open and has an effect with a family."""
+        without_effect = {
+            "temperature": family.similarity != "cosine",
+            "l2": family.similarity != "dot",
+            # On a GPU, runs with it do not repeat bit for bit.
+            "bias_l2": not self._config.item_bias or self._config.deterministic,
+            "block_size": family.negatives in OWN_NEGATIVES,
+            "num_negatives": family.negatives == "in-batch",
+            "negative_pool": family.negatives not in OWN_NEGATIVES,
+            "popularity_power": family.negatives != "popularity",
+            "calibration": family.loss != "gbce",
+        }
+        return name not in self.kept and not without_effect.get(name, False)
 
     def settings(self, trial: optuna.Trial) -> ResolvedConfig:
         """What a trial trains with, and the epochs after which it ends at the latest.
@@ -96,24 +126,24 @@ class Space:
         if len(self.families) > 1:
             family = _NAMES[trial.suggest_categorical("family", [", ".join(one) for one in self.families])]
         fields |= family._asdict() | self._negatives(trial, family)
-        if self._is_open("temperature") and family.similarity == "cosine":
+        if self._is_varied("temperature", family):
             fields["temperature"] = _rounded(trial.suggest_float("temperature", 0.05, 1.0, log=True))
-        if self._is_open("l2") and family.similarity == "dot":
+        if self._is_varied("l2", family):
             fields["l2"] = _rounded(trial.suggest_float("l2", 0.005, 0.5, log=True))
-        if self._is_open("bias_l2") and self._config.item_bias and not self._config.deterministic:
+        if self._is_varied("bias_l2", family):
             fields["bias_l2"] = trial.suggest_categorical("bias_l2", [0.0, 0.003, 0.03])
-        if self._is_open("embedding_dim"):
+        if self._is_varied("embedding_dim", family):
             fields["embedding_dim"] = 8 * trial.suggest_int("embedding_dim / 8", 2, 32, log=True)
-        if self._is_open("learning_rate"):
+        if self._is_varied("learning_rate", family):
             fields["learning_rate"] = _rounded(trial.suggest_float("learning_rate", 0.002, 0.05, log=True))
-        if self._is_open("calibration") and family.loss == "gbce":
+        if self._is_varied("calibration", family):
             fields["calibration"] = _rounded(trial.suggest_float("calibration", 0.0, 1.0))
 
         standard = dataclasses.replace(self._config, **fields).resolved(*self._sizes)
-        if self._is_open("batch_size"):
+        if self._is_varied("batch_size", family):
             batch = standard.batch_size * 2.0 ** trial.suggest_int("log2(batch_size / standard)", -2, 2)
             fields["batch_size"] = int(min(max(batch, _LEAST_BATCH), _LARGEST_BATCH))
-        if self._is_open("init_scale"):
+        if self._is_varied("init_scale", family):
             factor = trial.suggest_float("init_scale * sqrt(embedding_dim)", 0.03, 1.0, log=True)
             fields["init_scale"] = _rounded(factor / math.sqrt(standard.embedding_dim))
         fields["epochs"] = self._config.epochs or MOST_EPOCHS
@@ -123,19 +153,19 @@ class Space:
         """How many negatives there are, and how they are drawn."""
         fields: dict[str, Any] = {}
         count, pool = self._config.num_negatives, self._config.negative_pool
-        if family.negatives not in OWN_NEGATIVES:
-            if self._is_open("block_size"):
-                fields["block_size"] = 1 << trial.suggest_int("log2(block_size)", 6, 10)
-            if self._is_open("num_negatives") and family.negatives != "in-batch":
-                fields["num_negatives"] = trial.suggest_int("num_negatives of a block", 16, 256, log=True)
-            return fields
-        if self._is_open("num_negatives"):
-            count = trial.suggest_int("num_negatives", 2, 32, log=True)
-            fields["num_negatives"] = count = min(count, pool) if pool else count
-        if self._is_open("negative_pool"):
+        if self._is_varied("block_size", family):
+            fields["block_size"] = 1 << trial.suggest_int("log2(block_size)", 6, 10)
+        if self._is_varied("num_negatives", family):
+            if family.negatives in OWN_NEGATIVES:
+                count = trial.suggest_int("num_negatives", 2, 32, log=True)
+                count = min(count, pool) if pool else count
+            else:
+                count = trial.suggest_int("num_negatives of a block", 16, 256, log=True)
+            fields["num_negatives"] = count
+        if self._is_varied("negative_pool", family):
             factor = trial.suggest_categorical("negative_pool / num_negatives", [0, 2, 8])
             fields["negative_pool"] = min(factor * count, 100_000)
-        if self._is_open("popularity_power") and family.negatives == "popularity":
+        if self._is_varied("popularity_power", family):
             fields["popularity_power"] = _rounded(trial.suggest_float("popularity_power", 0.25, 1.0))
         return fields
 
@@ -158,9 +188,6 @@ class Space:
             "log2(batch_size / standard)": 0,
             "init_scale * sqrt(embedding_dim)": 0.1,
         }
-
-    def _is_open(self, name: str) -> bool:
-        return name not in self.kept
 
 
 def _rounded(value: float) -> float:

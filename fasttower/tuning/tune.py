@@ -130,7 +130,7 @@ def tune(
         parts = parts.to(device)
         observer.on_prepared(prepared, config)
         observer.on_training(str(device), backend, why, threads)
-        observer.on_study(study.rows, [name for name in VARIED if name not in space.kept])
+        observer.on_study(study.rows, space.varied)
 
         most = trials if trials is not None else TRIALS if minutes is None else None
         ends = None if minutes is None else time.monotonic() + 60 * minutes
