@@ -24,7 +24,7 @@ DESCRIPTION = (
     "Example: fasttower tune --data ml-1m --minutes 60 --to tuned.json\n\n"
     "Then: fasttower train --config tuned.json\n\n"
     "Every setting of fasttower train --help may be given too, and stays as it is; what is left open is "
-    "varied. The same command with the same storage goes on."
+    "varied, and --prefer chooses. The same command with the same storage goes on."
 )
 
 
@@ -55,9 +55,6 @@ class _AllFlags(Flags, Config):
     """With the settings of a training."""
 
 
-_WITHOUT_EFFECT = {"search": "tune is a search", "prefer": "tune takes the best NDCG"}
-
-
 def run(arguments: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
     prog = "fasttower tune"
@@ -68,9 +65,8 @@ def run(arguments: Sequence[str]) -> int:
     default = _AllFlags(**settings, preset=preset)
     flags = parse(_AllFlags, arguments, prog=prog, description=DESCRIPTION, default=default)
     named = {word.partition("=")[0][2:].replace("-", "_") for word in arguments if word.startswith("--")}
-    for name, why in _WITHOUT_EFFECT.items():
-        if name in named:
-            raise FastTowerError(f"--{name} has no effect here: {why}; leave it out.")
+    if "search" in named:
+        raise FastTowerError("--search has no effect here: tune is a search; leave it out.")
     given = named | {name for name, value in read.items() if value is not None}
     keep = [name for name in settings if name in given]
     config = Config(**{name: getattr(flags, name) for name in settings})

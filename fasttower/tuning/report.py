@@ -39,8 +39,8 @@ class ConsoleTuneObserver(ConsoleObserver, TuneObserver):
         states = tuned.trials["state"].value_counts(sort=True).iter_rows()
         counts = ", ".join(f"{count} {state}" for state, count in states)
         self._console.print(f"{counted_noun(tuned.trials.height, 'trial')}: {counts}")
-        best = f"best: NDCG {tuned.score:.4f} on the validation part, {described(tuned.config)}"
-        self._console.print(escape(f"{best}, {counted_noun(tuned.config.epochs, 'epoch')}"), soft_wrap=True)
+        choice = f"chosen: NDCG {tuned.score:.4f} on the validation part, {described(tuned.config)}"
+        self._console.print(escape(f"{choice}, {counted_noun(tuned.config.epochs, 'epoch')}"), soft_wrap=True)
         if tuned.interrupted:
             self._warnings.print("interrupted: the best of the trials that had been finished by then")
         self._console.print(escape(f"configuration written to {to}, trials to {storage}"), soft_wrap=True)

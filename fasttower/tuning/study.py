@@ -15,13 +15,16 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict
 
 import numpy as np
+import torch
 
+from fasttower.config import Preference
 from fasttower.errors import FastTowerError
+from fasttower.training.search import Candidate, Scores, Trial, chosen
 
 if TYPE_CHECKING:
     import optuna
 
-_ABOUT, _ROW = "fasttower", "fasttower_trial"
+_ABOUT, _ROW, _PER_USER = "fasttower", "fasttower_trial", "fasttower_per_user"
 
 
 class TuneRow(TypedDict):
@@ -128,10 +131,29 @@ class Study:
         others = [other.intermediate_values[rung] for other in finished if rung in other.intermediate_values]
         return 2 * sum(other > score for other in others) >= len(others) + 1
 
-    def end(self, trial: optuna.Trial, row: TuneRow | None) -> None:
-        """Record how a trial ended; None for one that was not finished, which the next `ask` begins again."""
+    def chosen(self, prefer: Preference) -> TuneRow | None:
+        """The trial that a training's own search would choose; None where none has scores."""
+        trials = self._study.get_trials(deepcopy=False)
+        scored = {one.number: one.user_attrs for one in trials if one.user_attrs.get(_PER_USER)}
+        if not scored:
+            return None
+        known = {number: _as_searched(attrs[_ROW], attrs[_PER_USER]) for number, attrs in scored.items()}
+        _, scores = chosen(list(known.values()), prefer)
+        number = next(number for number, trial in known.items() if trial.best() is scores)
+        row: TuneRow = scored[number][_ROW]
+        return row
+
+    def end(self, trial: optuna.Trial, row: TuneRow | None, per_user: Sequence[float] = ()) -> None:
+        """Record how a trial ended.
+
+        Args:
+            trial: the trial.
+            row: what came of it; None where it was not finished, and the next `ask` begins it again.
+            per_user: the score of each validation user after the best epoch.
+        """
         states = self._optuna.trial.TrialState
         if row is not None:
+            trial.set_user_attr(_PER_USER, list(per_user))
             trial.set_user_attr(_ROW, row)
         if row is None or row["state"] == "failed":
             self._study.tell(trial, state=states.FAIL)
@@ -159,9 +181,17 @@ def load_optuna() -> ModuleType:
 
 
 def best_of(rows: Sequence[TuneRow]) -> TuneRow | None:
-    """The complete trial with the best score, the first of equals; None where there is none."""
-    complete = [row for row in rows if row["state"] == "complete"]
-    return max(complete, key=lambda row: row["score"] or 0.0, default=None)
+    """The trial with the best score, the first of equals; None where none has scores."""
+    scored = [row for row in rows if row["score"] is not None]
+    return max(scored, key=lambda row: row["score"] or 0.0, default=None)
+
+
+def _as_searched(row: TuneRow, per_user: Sequence[float]) -> Trial:
+    """A trial as a training's own search has it, with the scores of its best epoch."""
+    assert row["best_epoch"] is not None  # it has scores
+    assert row["coverage"] is not None
+    scores = Scores(row["best_epoch"], torch.tensor(per_user, dtype=torch.float64), row["coverage"])
+    return Trial(Candidate(**{name: row["fields"][name] for name in Candidate._fields}), [[scores]])
 
 
 def _difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:

@@ -48,7 +48,7 @@ _ELSEWHERE = {"data", "data_root", "valid_data", "test_data"} | {
 """Fields that say where the data are: what counts is what is read there."""
 
 _OF_A_TRAINING = {"search", "prefer", "seeds", "refit", "device", "strict_device", "backend", "threads"}
-"""Fields that say nothing about a trial's settings."""
+"""Fields that change nothing about a trial."""
 
 
 class TuneObserver(FitObserver):
@@ -66,7 +66,7 @@ class Tuned:
     """What came of tuning.
 
     Attributes:
-        config: the best settings with their best number of epochs, for `fit`, which then searches nothing.
+        config: the chosen settings with their best number of epochs, for `fit`, which then searches nothing.
         score: their NDCG at the cutoff, the mean over the validation users of all cuts.
         trials: a row per trial, in their order: trial (from 1), state (complete, pruned or failed), score,
             coverage, best_epoch, epochs, seconds, settings.
@@ -89,13 +89,14 @@ def tune(
     keep: Collection[str] = (),
     observer: TuneObserver | None = None,
 ) -> Tuned:
-    """Look for the settings with the best NDCG on the validation part, with optuna.
+    """Look for the settings that are best on the validation part, with optuna.
 
     Fields of the configuration that differ from their default stay as they are; others that
     `fasttower.tuning.space.VARIED` names are varied. The first trials are those that the search of `fit`
     begins with. A trial is trained as long as it gains, and given up where, after 4, 8, 16 ... epochs (half
     as many with negatives that a block shares), the better half of the trials before it had better scores.
-    The test part is never looked at. `config.search` and `config.prefer` are not read.
+    `config.prefer` says which of the trials is chosen, as it does of those of `fit`. The test part is never
+    looked at, and `config.search` is not read.
 
     Args:
         data: as for `fit`.
@@ -145,8 +146,8 @@ def tune(
                 observer.on_trial_end(row, best_of(study.rows))
 
     rows, interrupted = study.rows, observer.should_stop()
-    best = best_of(rows)
-    if best is None:
+    choice = study.chosen(config.prefer)
+    if choice is None:
         if failed := [row for row in rows if row["state"] == "failed"]:
             raise TrainingError(f"all {len(failed)} trials failed; the last: {failed[-1].get('reason')}")
         raise FastTowerError(
@@ -154,13 +155,13 @@ def tune(
             + ("" if storage is None else f"; the same command goes on with {storage}")
             + "; give it more time."
         )
-    tuned = dataclasses.replace(config, **best["fields"], epochs=best["best_epoch"], search="none")
+    tuned = dataclasses.replace(config, **choice["fields"], epochs=choice["best_epoch"], search="none")
     table = pl.DataFrame(
         [{name: row[name] for name in _COLUMNS} for row in rows],  # type: ignore[literal-required]
         schema=_COLUMNS,
     )
-    assert best["score"] is not None  # it is complete
-    return Tuned(tuned.resolved(*sizes), best["score"], table, interrupted)
+    assert choice["score"] is not None  # it was chosen by it
+    return Tuned(tuned.resolved(*sizes), choice["score"], table, interrupted)
 
 
 _COLUMNS = {
@@ -255,13 +256,14 @@ def _run(
         "seconds": 0.0,
         "fields": {name: getattr(config, name) for name in VARIED},
     }
+    per_user: list[float] = []
     began = time.perf_counter()
     try:
         trainer = _trainer(config, parts, observer)
         for rung, reached in enumerate(_rungs(trainer, stop)):
             best = reached.best()
             row["score"], row["coverage"], row["best_epoch"] = best.mean, best.coverage, best.epoch
-            row["epochs"] = reached.epochs
+            row["epochs"], per_user = reached.epochs, best.per_user.tolist()
             is_behind = study.is_behind(trial, FIRST_RUNG << rung, best.mean)
             # What a training would find has to be found here too.
             if is_behind and number > len(first) and _goes_on(trainer):
@@ -272,12 +274,12 @@ def _run(
             return None
     except (FastTowerError, torch.OutOfMemoryError) as error:
         row |= {"state": "failed", "score": None, "coverage": None, "best_epoch": None, "epochs": None}
-        row["reason"] = str(error).split("\n", maxsplit=1)[0]
+        row["reason"], per_user = str(error).split("\n", maxsplit=1)[0], []
     except BaseException:
         study.end(trial, None)
         raise
     row["seconds"] = time.perf_counter() - began
-    study.end(trial, row)
+    study.end(trial, row, per_user)
     return row
 
 
