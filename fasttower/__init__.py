@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from fasttower.pipeline import FitObserver, fit
     from fasttower.run import Run, load_run
     from fasttower.run.evaluate import Evaluation
+    from fasttower.tuning.tune import Tuned, TuneObserver, tune
 
 __version__ = "0.1.0"
 __all__ = [
@@ -23,9 +24,12 @@ __all__ = [
     "FitObserver",
     "Run",
     "TrainingError",
+    "TuneObserver",
+    "Tuned",
     "TwoTower",
     "fit",
     "load_run",
+    "tune",
 ]
 
 _HOMES = {
@@ -36,9 +40,12 @@ _HOMES = {
     "Run": "run",
     "FitObserver": "pipeline",
     "TrainingError": "errors",
+    "TuneObserver": "tuning.tune",
+    "Tuned": "tuning.tune",
     "TwoTower": "model",
     "fit": "pipeline",
     "load_run": "run",
+    "tune": "tuning.tune",
 }
 
 

@@ -35,6 +35,7 @@ class Command:
 # A module is imported only when its command is called.
 COMMANDS = {
     "train": Command("train on interactions, recommend to the users trained on, evaluate", "fasttower.train"),
+    "tune": Command("search for better settings for longer, with optuna", "fasttower.commands.tune"),
     "recommend": Command(
         "recommend from a run, to some users, all, or new ones", "fasttower.commands.recommend"
     ),

@@ -45,7 +45,8 @@ if TYPE_CHECKING:
 LEAST_USERS = 10
 """Validation users below which nothing is searched for."""
 
-_LESS_MEMORY = "a smaller --batch-size or --embedding-dim"
+LESS_MEMORY = "a smaller --batch-size or --embedding-dim"
+"""What to choose where a GPU's memory runs out."""
 
 
 class FitObserver(Observer):
@@ -93,18 +94,17 @@ def fit(
         FastTowerError: bad data or settings, or a device or backend that is not there.
         TrainingError: the loss is not finite.
     """
-    config = _named(data, config or Config())
+    config = named(data, config or Config())
     if not isinstance(observer, FitObserver | None):
         raise FastTowerError(f"observer is a {type(observer).__name__}; expected a fasttower.FitObserver.")
     observer = observer or FitObserver()
     clock = _Clock()
 
-    device, backend, why = _choose_where(config, observer)
-    with cpu_threads(config.threads) as threads, memory_of(device, _LESS_MEMORY):
-        source = config.data if data is None or isinstance(data, str | Path) else data
-        prepared = prepare(source, config, config.seed, observer.download_progress())
+    device, backend, why = choose_where(config, observer)
+    with cpu_threads(config.threads) as threads, memory_of(device, LESS_MEMORY):
+        prepared = prepare(source_of(data, config), config, config.seed, observer.download_progress())
         training_data = _enough_to_choose_by(to_training_data(prepared), config, observer)
-        _check_memory(training_data, config, device, backend)
+        check_memory(training_data, config, device, backend)
         training_data = training_data.to(device)
         clock.lap("prepare")
         observer.on_prepared(prepared, config)
@@ -174,8 +174,12 @@ def fit(
     )
 
 
-def _named(data: Source | None, config: Config) -> Config:
-    """The configuration with the name of what is trained on."""
+def named(data: Source | None, config: Config) -> Config:
+    """The configuration with the name of what is trained on.
+
+    Raises:
+        FastTowerError: it is no configuration.
+    """
     if not isinstance(config, Config):
         raise FastTowerError(f"config is a {type(config).__name__}; expected a fasttower.Config.")
     if data is None:
@@ -185,8 +189,17 @@ def _named(data: Source | None, config: Config) -> Config:
     )
 
 
-def _choose_where(config: Config, observer: FitObserver) -> tuple[torch.device, str, str]:
-    """The device, the backend, and why it is that one."""
+def source_of(data: Source | None, config: Config) -> Source:
+    """What to read: the data, or what the configuration names."""
+    return config.data if data is None or isinstance(data, str | Path) else data
+
+
+def choose_where(config: Config, observer: FitObserver) -> tuple[torch.device, str, str]:
+    """The device, the backend, and why it is that one.
+
+    Raises:
+        FastTowerError: what was asked for is not there, or cannot do what the configuration asks for.
+    """
     device, warning = choose_device(config.device, strict=config.strict_device)
     if warning:
         observer.on_warning(warning)
@@ -230,10 +243,15 @@ def to_training_data(prepared: PreparedData) -> TrainingData:
     return TrainingData(fit, known, cuts)
 
 
+def users_to_choose_by(data: TrainingData) -> int:
+    """Validation users, of all cuts."""
+    return sum(len(cut.valid.user_index.unique()) for cut in data.cuts)
+
+
 def _enough_to_choose_by(data: TrainingData, config: Config, observer: FitObserver) -> TrainingData:
     """The parts, without validation cuts that have too few users to tell settings apart."""
     search = Plan.of(config, data.known_positives.num_items, cuts=1).search
-    users = sum(len(cut.valid.user_index.unique()) for cut in data.cuts)
+    users = users_to_choose_by(data)
     if search is None or users >= LEAST_USERS or not (data.cuts or len(search.start) > 1):
         return data
     found = f"the validation part has {users} users, too few" if data.cuts else "there is no validation part"
@@ -246,10 +264,13 @@ def _interactions(frame: pl.DataFrame) -> Interactions:
     return Interactions(*(torch.tensor(frame[name].to_numpy()) for name in ("user_index", "item_index")))
 
 
-def _check_memory(data: TrainingData, config: Config, device: torch.device, backend: str) -> None:
+def check_memory(data: TrainingData, config: Config, device: torch.device, backend: str) -> None:
     """Refuse what a GPU cannot hold before anything is copied to it.
 
     Counted is what training surely holds there; what comes on top of it is met where it is asked for.
+
+    Raises:
+        FastTowerError: it cannot hold that.
     """
     if backend != "triton":
         return

@@ -72,7 +72,7 @@ def run(arguments: Sequence[str]) -> int:
     # A place where nothing can be written, or another run will be, is found out before the training.
     with (
         reserved(run_dir, numbered=flags.run_dir is None) as run_dir,
-        stop_on_ctrl_c(observer),
+        stop_on_ctrl_c(observer, "the run"),
         observer,
     ):
         finished = fit(config=config, observer=observer)
@@ -85,6 +85,18 @@ def run(arguments: Sequence[str]) -> int:
 
 def read_flags(arguments: Sequence[str]) -> TrainFlags:
     """Flags over the ``--config`` file over the ``--preset``."""
+    preset, _, base = base_of_flags(arguments)
+    fields = {field.name: getattr(base, field.name) for field in dataclasses.fields(Config)}
+    default = TrainFlags(**fields, preset=preset)
+    return parse(TrainFlags, arguments, prog="fasttower train", default=default, description=DESCRIPTION)
+
+
+def base_of_flags(arguments: Sequence[str]) -> tuple[Preset, dict[str, object], Config]:
+    """What flags go over: the name of the ``--preset``, the fields of the ``--config`` file, both together.
+
+    Raises:
+        FastTowerError: there is no such preset or file, or the file holds no configuration.
+    """
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     early.add_argument("--preset", default="default")
     early.add_argument("--config", type=Path, default=None)
@@ -94,23 +106,21 @@ def read_flags(arguments: Sequence[str]) -> TrainFlags:
         raise FastTowerError(str(error)) from None
     if known.preset not in PRESETS:
         raise FastTowerError(f"--preset is {quoted(known.preset)}; expected one of {', '.join(PRESETS)}.")
-    base = PRESETS[known.preset]
+    base, read = PRESETS[known.preset], {}
     if known.config is not None:
         try:
-            values = read_object(known.config)
+            read = read_object(known.config)
         except (OSError, ValueError) as error:
             raise FastTowerError(
                 f"--config {shown(known.config)} cannot be read as JSON: {reason(error)}."
             ) from error
-        base = Config.from_json(values, base)
-    fields = {field.name: getattr(base, field.name) for field in dataclasses.fields(Config)}
-    default = TrainFlags(**fields, preset=known.preset)
-    return parse(TrainFlags, arguments, prog="fasttower train", default=default, description=DESCRIPTION)
+        base = Config.from_json(read, base)
+    return known.preset, read, base
 
 
 @contextlib.contextmanager
-def stop_on_ctrl_c(observer: ConsoleObserver) -> Iterator[None]:
-    """The first Ctrl-C in the training stops it and has the run written; others interrupt at once."""
+def stop_on_ctrl_c(observer: ConsoleObserver, result: str) -> Iterator[None]:
+    """The first Ctrl-C in the training stops it and has the result written; others interrupt at once."""
 
     def ask(signum: int, frame: object) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -118,7 +128,7 @@ def stop_on_ctrl_c(observer: ConsoleObserver) -> Iterator[None]:
             raise KeyboardInterrupt
         observer.stop()
         # Past Python's buffers, which the signal may have interrupted.
-        os.write(2, b"\nstopping; the run will be written. Ctrl-C again gives it up.\n")
+        os.write(2, f"\nstopping; {result} will be written. Ctrl-C again gives it up.\n".encode())
 
     before = signal.signal(signal.SIGINT, ask)
     try:

@@ -87,7 +87,7 @@ def test_kernels_do_not_know_fasttower():
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("module", ["torch", "polars", "replay", "numba", "tyro"])
+@pytest.mark.parametrize("module", ["torch", "polars", "replay", "numba", "tyro", "optuna"])
 def test_import_fasttower_is_light(module):
     done = run([], f"import fasttower; assert {module!r} not in sys.modules; fasttower.Config")
     assert done.returncode == 0, done.stderr

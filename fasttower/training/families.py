@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from fasttower_kernels.settings import LossName, Proposal, Similarity
@@ -37,7 +37,11 @@ def families(given: Mapping[str, Any], *, thorough: bool = False) -> tuple[Famil
         given: the fields of the configuration that have a value.
         thorough: whether to try what rarely wins.
     """
-    tried = (STANDARD, IN_BATCH, *(THOROUGH if thorough else ()))
+    return among((STANDARD, IN_BATCH, *(THOROUGH if thorough else ())), given)
+
+
+def among(tried: Sequence[Family], given: Mapping[str, Any]) -> tuple[Family, ...]:
+    """Those of some families that a configuration leaves open, or the one that what is given makes."""
     return tuple(family for family in tried if _fits(family, given)) or (_completed(given),)
 
 
