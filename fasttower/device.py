@@ -85,8 +85,9 @@ def memory_of(device: torch.device, advice: str) -> Iterator[None]:
         asked = str(error).partition("DefaultCPUAllocator: ")[2]
         if not asked and not isinstance(error, MemoryError):
             raise
+        why = f" ({shown(found, 100)})" if (found := asked or str(error)) else ""
         raise FastTowerError(
-            f"the process ran out of memory ({shown(asked or error, 100)}); choose {advice}, or give it more."
+            f"the process ran out of memory{why}; choose {advice}, or give it more."
         ) from error
 
 

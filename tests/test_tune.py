@@ -113,9 +113,9 @@ def test_the_first_parameters_are_a_trainings_own_candidates():
 
 
 def test_trials_come_to_a_configuration_that_trains_the_same(ratings):
-    found = tuned(
-        ratings, config=dataclasses.replace(SMALL, loss="bce", epochs=5, prefer="accuracy"), trials=4
-    )
+    # At this rate the last epoch is not the best one.
+    config = dataclasses.replace(SMALL, loss="bce", epochs=5, prefer="accuracy", learning_rate=0.2)
+    found = tuned(ratings, config=config, trials=4)
     assert found.trials["trial"].to_list() == [1, 2, 3, 4]
     assert found.trials["state"].head(3).to_list() == ["complete"] * 3
     best = found.trials.sort("score", descending=True).row(0, named=True)
@@ -123,7 +123,7 @@ def test_trials_come_to_a_configuration_that_trains_the_same(ratings):
     assert (found.config.search, found.interrupted) == ("none", False)
     assert best["best_epoch"] < best["epochs"] == 5  # else it would not show which of them is written
     run = fasttower.fit(ratings, found.config)
-    assert [trial["score"] for trial in run.metrics["search"]] == [found.score]
+    assert [record.phase for record in run.history] == ["train"] * found.config.epochs
     assert run.metrics["best_epoch"] == found.config.epochs
     assert run.config == dataclasses.replace(found.config, data="DataFrame")
 
@@ -160,11 +160,11 @@ def test_a_trial_of_a_process_that_was_killed_is_begun_again(undisturbed, rating
     assert [path.name for path in tmp_path.iterdir()] == [storage.name]
 
     def killed(*_):
-        raise MemoryError
+        raise SystemError
 
     with monkeypatch.context() as patched:
         patched.setattr(Study, "end", killed)
-        with pytest.raises(MemoryError):
+        with pytest.raises(SystemError):
             tuned(ratings, storage, trials=6)
     again = tuned(ratings, storage)
     assert without_seconds(again.trials).equals(without_seconds(undisturbed.trials))
@@ -337,7 +337,8 @@ def test_the_command_writes_what_train_reads(csv, tmp_path, capsys):
     assert written["num_negatives"] == 10
     assert command("--data", csv, "--trials", 6, "--to", to, "--json", *QUICK) == 0
     result = json.loads(capsys.readouterr().out)
-    assert (result["score"], len(result["trials"])) == (trained["search"][0]["score"], 6)
+    assert len(result["trials"]) == 6
+    assert result["score"] in [trial["score"] for trial in result["trials"]]
     assert command("--data", csv, "--trials", 6, "--to", to, "--quiet", *QUICK) == 0
     assert capsys.readouterr() == ("", "")
 

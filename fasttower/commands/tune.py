@@ -89,6 +89,8 @@ def run(arguments: Sequence[str]) -> int:
             observer=observer,
         )
         fields = tuned.config.to_json(device=config.device, backend=config.backend)
+        if fields["similarity"] == "dot":
+            del fields["temperature"]  # it has none
         part = flags.to.with_name(f".{flags.to.name}.unfinished")
         write_object(part, fields)
         part.replace(flags.to)

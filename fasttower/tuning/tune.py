@@ -155,7 +155,10 @@ def tune(
             + ("" if storage is None else f"; the same command goes on with {storage}")
             + "; give it more time."
         )
-    tuned = dataclasses.replace(config, **choice["fields"], epochs=choice["best_epoch"], search="none")
+    fields = dict(choice["fields"])
+    if fields["similarity"] == "dot":
+        del fields["temperature"]  # it has none
+    tuned = dataclasses.replace(config, **fields, epochs=choice["best_epoch"], search="none")
     table = pl.DataFrame(
         [{name: row[name] for name in _COLUMNS} for row in rows],  # type: ignore[literal-required]
         schema=_COLUMNS,
