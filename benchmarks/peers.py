@@ -150,11 +150,12 @@ def item_knn(matrix: csr_matrix, *, neighbours: int, shrink: float) -> Ranker:
         shrink term of Bell and Koren (ICDM 2007).
     """
     common = (matrix.T.tocsr() @ matrix).tocsr()
-    sizes = np.sqrt(common.diagonal())
+    sizes = common.diagonal()
     common.setdiag(0)
     common.eliminate_zeros()
+    common.sort_indices()
     rows = np.repeat(np.arange(common.shape[0]), np.diff(common.indptr))
-    common.data /= sizes[rows] * sizes[common.indices] + np.float32(shrink)
+    common.data /= np.sqrt(sizes[rows] * sizes[common.indices]) + np.float32(shrink)
     kept = np.zeros(common.nnz, dtype=bool)
     for begin, end in zip(common.indptr[:-1], common.indptr[1:], strict=True):
         nearest = np.argsort(-common.data[begin:end], kind="stable")[:neighbours]
@@ -177,7 +178,7 @@ After: TypeAlias = Callable[[int, Ranker], bool]
 def als(
     matrix: csr_matrix, *, iterations: int, seed: int, after: After | None = None, **settings: Any
 ) -> Ranker:
-    """implicit's alternating least squares, on one thread.
+    """Alternating least squares, by implicit on one thread.
 
     Source: Hu, Koren and Volinsky, "Collaborative Filtering for Implicit Feedback Datasets" (ICDM 2008).
     """
@@ -190,7 +191,7 @@ def als(
 def bpr(
     matrix: csr_matrix, *, iterations: int, seed: int, after: After | None = None, **settings: Any
 ) -> Ranker:
-    """implicit's Bayesian personalised ranking, on one thread.
+    """Bayesian personalised ranking, by implicit on one thread.
 
     Source: Rendle et al., "BPR: Bayesian Personalized Ranking from Implicit Feedback" (UAI 2009).
     """

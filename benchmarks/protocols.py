@@ -22,7 +22,7 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
 """By name, the fields of a configuration:
 
 ml-1m          RePlay's published one: ratings of at least 3, test part the last 20% of the time line
-ml-1m-last     each user's last rating is the test part, the one before it validates; the whole catalogue is ranked
+ml-1m-last     each user's last rating is the test part, the one before it validates
 ml-100k        the published notebook's: users with at least 20 ratings, test ratings of at least 4
 amazon-beauty  a published fixed split without timestamps (LightGCN++, RecSys 2024), cutoff 20
 synthetic-1m   generated, in MovieLens-1M's shape, new for each seed; synthetic-20m in MovieLens-20M's

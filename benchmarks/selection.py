@@ -1,8 +1,9 @@
 """The settings of a peer, chosen on validation parts as fasttower chooses its own.
 
-The search begins with a coarse grid and goes uphill from its best point: one value after another is multiplied
-by 4, or divided by it, for as long as the mean NDCG of all validation users gains, then by 2. So it does not
-stop at the edge of a grid. A peer that is trained by iterations is scored after them, and its best iteration is part of the choice.
+The search begins with a coarse grid and goes uphill from its best point: one value after another is
+multiplied by 4, or divided by it, for as long as the mean NDCG of all validation users gains, then by 2. So it
+does not stop at the edge of a grid. A peer that is trained by iterations is scored after them, and its best
+iteration is part of the choice.
 """
 
 from __future__ import annotations
@@ -171,12 +172,12 @@ def curve(peer: Peer, settings: Mapping[str, float], cut: Holdout, seed: int) ->
 
 
 def is_scored(iteration: int) -> bool:
-    """Whether a model is scored after this iteration: each of the first eight, then four times per doubling."""
+    """Whether a model is scored after this iteration: eight times, then four times per doubling."""
     return iteration <= 8 or iteration % (1 << (iteration - 1).bit_length() - 3) == 0
 
 
 def fit_and_test(peer: Peer, settings: Mapping[str, Any], holdout: Holdout, seed: int) -> dict[str, Any]:
-    """Train on all rows before the test cut; the CPU time of that and of the ranking, and the test metrics."""
+    """Train on all rows before the test cut: the test metrics, and the CPU time with the ranking."""
     began = time.process_time()
     seeded = {} if peer.most_iterations is None else {"seed": seed}
     metrics, _ = holdout.metrics(peer.fit(holdout.matrix, **settings, **seeded))
