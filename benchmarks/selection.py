@@ -1,9 +1,9 @@
 """The settings of a peer, chosen on validation parts as fasttower chooses its own.
 
 The search begins with a coarse grid and goes uphill from its best point: one value after another is
-multiplied by 4, or divided by it, for as long as the mean NDCG of all validation users gains, then by 2. So it
-does not stop at the edge of a grid. A peer that is trained by iterations is scored after them, and its best
-iteration is part of the choice.
+multiplied by 4, or divided by it, for as long as the mean NDCG of all validation users gains, then by 2. So
+it does not stop at the edge of a grid. A peer that is trained by iterations is scored after them, and its
+best iteration is part of the choice.
 """
 
 from __future__ import annotations
