@@ -59,7 +59,7 @@ def test_item_knn(matrix, neighbours, shrink):
 
 
 def test_ties_go_to_the_smaller_index_and_what_is_not_recommended_is_left_out():
-    scores = np.array([[1.0, -2.0, 1.0, -np.inf, 0.0, -0.0, 3.0]], np.float32)
+    scores = np.array([[1.0, -2.0, 1.0, -np.inf, -0.0, 0.0, 3.0]], np.float32)
     seen = KnownPositives.from_pairs(torch.tensor([0]), torch.tensor([6]), 1, 7)
     found = Scores(lambda users: scores[users]).top(torch.tensor([0]), 7, seen)
     assert found.tolist() == [[0, 2, 4, 5, 1, -1, -1]]
