@@ -49,6 +49,9 @@ RESULTS = FOLDER / "quality_over_time.json"
 PICTURE = FOLDER / "quality_over_time.svg"
 
 WAYS = ("default", "chosen", "implicit ALS", "implicit BPR")
+MEASURED = ("default", "implicit ALS", "implicit BPR")
+"""What can be asked for: the chosen settings come with the default's search."""
+
 LARGE = {
     "implicit ALS": {"factors": (32, 64), "regularization": (10.0, 100.0), "alpha": (1.0, 4.0)},
 }
@@ -180,20 +183,20 @@ def settings_of(way: str, protocol: str) -> list[dict[str, Any]]:
 def measured(
     protocol: str, ways: list[str], seeds: int, limit: float
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The curves of each way, with what they were trained with."""
+    """The curves of each way, with what they were trained with, after each seed of fasttower."""
     data, config = _source(protocol), configuration(protocol, threads=1)
-    runs: dict[str, list[Any]] = {"default": [], "chosen": []}
-    chosen = []
+    chosen: list[dict[str, Any]] = []
+    curves = []
     for seed in range(seeds) if "default" in ways else ():
-        asked = configuration(protocol, threads=1, seed=seed)
-        watch = of_fasttower(data, asked, cuts=True, limit=limit)
-        runs["default"].append(watch.curve.best_so_far())
+        watch = of_fasttower(data, configuration(protocol, threads=1, seed=seed), cuts=True, limit=limit)
+        curves.append(watch.curve.best_so_far())
         chosen.append(watch.choice)
-        asked = configuration(protocol, threads=1, seed=seed, search="none", **watch.choice)
-        runs["chosen"].append(of_fasttower(data, asked, cuts=False, limit=limit).curve)
-    for way, curves in runs.items():
-        if curves:
-            yield way, {"settings": chosen, "curves": curves}
+        yield "default", {"settings": chosen, "curves": curves}
+    curves = []
+    for seed, settings in enumerate(chosen):
+        asked = configuration(protocol, threads=1, seed=seed, search="none", **settings)
+        curves.append(of_fasttower(data, asked, cuts=False, limit=limit).curve)
+        yield "chosen", {"settings": chosen, "curves": curves}
 
     cut = validation_cuts(prepare(data, config), config.k)[0]
     for way in ways:
@@ -275,7 +278,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", nargs="+", choices=PROTOCOLS, default=["ml-1m"])
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--ways", nargs="+", choices=MEASURED, default=MEASURED)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--limit", type=float, default=float("inf"), help="CPU seconds of a curve")
     parser.add_argument("--output", type=Path, default=RESULTS)
