@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import collections
-import json
 import math
 import statistics
 import time
@@ -22,9 +21,9 @@ from typing import Any
 from threadpoolctl import threadpool_limits
 
 import fasttower
+from benchmarks.kept import keep, read
 from benchmarks.protocols import PROTOCOLS, configuration
 from fasttower.config import Config
-from fasttower.versions import versions
 
 RESULTS = Path(__file__).parent / "results" / "ablation.json"
 
@@ -83,19 +82,16 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--show", action="store_true", help="print what was kept, and do no more")
     asked = parser.parse_args()
-    kept = json.loads(asked.output.read_text()) if asked.output.exists() else {"data": {}}
+    kept = read(asked.output)
     with threadpool_limits(1):
         for protocol in () if asked.show else asked.data:
             fasttower.fit("synthetic-100k", Config(threads=1, epochs=1))  # compiles
-            rows = kept["data"].setdefault(protocol, {})
             for change in asked.changes:
-                configs = (
+                configs = [
                     configuration(protocol, seed=seed, threads=1, **CHANGES[change])
                     for seed in range(asked.seeds)
-                )
-                rows[change] = [measured(config) for config in configs]
-                kept["versions"] = versions()
-                asked.output.write_text(json.dumps(kept, indent=1) + "\n")
+                ]
+                kept = keep(asked.output, protocol, change, [measured(config) for config in configs])
                 print(f"{protocol}, {change}: done", flush=True)
     for protocol, rows in kept["data"].items():
         show(protocol, rows)

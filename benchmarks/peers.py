@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
@@ -24,6 +24,9 @@ Floats: TypeAlias = NDArray[np.float32]
 
 MOST_DENSE_ITEMS = 8_000
 """Items up to which EASE inverts their Gram matrix; of more, it solves for the users that are asked for."""
+
+MOST_FACTORS = 256
+"""Of a model of implicit's: twice as many as fasttower has by default, and no more."""
 
 BLOCK = 128
 """Right-hand sides that are solved for together, and users that are scored together."""
@@ -222,12 +225,14 @@ class Peer:
     Attributes:
         fit: makes a `Ranker` of a matrix and settings.
         grid: coarse values of each setting, with which the search begins.
+        most: the largest values of settings that have one.
         most_iterations: up to which it is trained, and after which it may be scored; None for a model that is
             found in one go, which takes no seed either.
     """
 
     fit: Callable[..., Ranker]
     grid: Mapping[str, Sequence[float]]
+    most: Mapping[str, float] = field(default_factory=dict)
     most_iterations: int | None = None
 
 
@@ -235,11 +240,15 @@ PEERS = {
     "EASE": Peer(ease, {"l2": (256.0,)}),
     "ItemKNN": Peer(item_knn, {"neighbours": (16, 256), "shrink": (4.0, 64.0)}),
     "implicit ALS": Peer(
-        als, {"factors": (16, 64), "regularization": (1.0, 16.0, 128.0), "alpha": (1.0, 4.0, 16.0)}, 16
+        als,
+        {"factors": (16, 64), "regularization": (1.0, 16.0, 128.0), "alpha": (1.0, 4.0, 16.0)},
+        {"factors": MOST_FACTORS},
+        16,
     ),
     "implicit BPR": Peer(
         bpr,
         {"factors": (8, 32), "regularization": (1 / 32, 1 / 8), "learning_rate": (1 / 128, 1 / 32)},
+        {"factors": MOST_FACTORS},
         96,
     ),
 }

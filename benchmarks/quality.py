@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import collections
-import json
 import statistics
 import time
 from collections.abc import Iterator
@@ -33,13 +32,13 @@ import torch
 from threadpoolctl import threadpool_limits
 
 import fasttower
+from benchmarks.kept import keep, read
 from benchmarks.peers import PEERS, Scores
 from benchmarks.protocols import PROTOCOLS, configuration
 from benchmarks.selection import choose, fit_and_test, test_holdout, validation_cuts
 from fasttower.config import Config, Search
 from fasttower.data.preparation import PreparedData, prepare
 from fasttower.data.synthetic import generate
-from fasttower.versions import versions
 
 RESULTS = Path(__file__).parent / "results" / "quality.json"
 
@@ -173,7 +172,7 @@ def main() -> None:
     parser.add_argument("--show", action="store_true", help="print the tables that were kept, and do no more")
     asked = parser.parse_args()
     search = asked.search if asked.search in get_args(Search) else float(asked.search)
-    kept = json.loads(asked.output.read_text()) if asked.output.exists() else {"data": {}}
+    kept = read(asked.output)
     torch.set_num_threads(1)
     if not asked.show:
         fasttower.fit("synthetic-100k", Config(threads=1, epochs=1))  # compiles
@@ -183,11 +182,7 @@ def main() -> None:
                 for name, row in measured(
                     protocol, asked.models, asked.seeds, search=search, prefer=asked.prefer
                 ):
-                    # Another process may have written what it measured.
-                    kept = json.loads(asked.output.read_text()) if asked.output.exists() else kept
-                    kept["data"].setdefault(protocol, {})[name] = row
-                    kept["versions"] = versions()
-                    asked.output.write_text(json.dumps(kept, indent=1) + "\n")
+                    kept = keep(asked.output, protocol, name, row)
             if rows := kept["data"].get(protocol):
                 show(protocol, rows)
 

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
 import time
 from collections.abc import Iterator
@@ -34,6 +33,7 @@ import torch
 from threadpoolctl import threadpool_limits
 
 import fasttower
+from benchmarks.kept import keep, read
 from benchmarks.peers import PEERS, Peer, Ranker
 from benchmarks.protocols import PROTOCOLS, configuration
 from benchmarks.selection import Holdout, is_scored, validation_cuts
@@ -42,7 +42,6 @@ from fasttower.data.preparation import prepare
 from fasttower.data.synthetic import generate
 from fasttower.training.observer import EpochRecord
 from fasttower.training.search import Trial
-from fasttower.versions import versions
 
 FOLDER = Path(__file__).parent / "results"
 RESULTS = FOLDER / "quality_over_time.json"
@@ -55,7 +54,7 @@ MEASURED = ("default", "implicit ALS", "implicit BPR")
 LARGE = {
     "implicit ALS": {"factors": (32, 64), "regularization": (100.0, 300.0), "alpha": (1.0,)},
 }
-"""What is tried where no search was kept: grids by the name of the way. With L2 10, or alpha 4, it is worse."""
+"""What is tried where no search was kept, by the name of the way. With L2 10, or alpha 4, it is worse."""
 
 LONGER = 3
 """Times the iterations of the peers' search, so that a curve shows where it ends."""
@@ -176,7 +175,7 @@ def of_peer(
 
 def settings_of(way: str, protocol: str) -> list[dict[str, Any]]:
     """The settings of a peer to take curves of."""
-    kept = json.loads((FOLDER / "quality.json").read_text())["data"]
+    kept = read(FOLDER / "quality.json")["data"]
     if choice := kept.get(protocol, {}).get(way, {}).get("choice"):
         return [choice["settings"]]
     grid = LARGE.get(way, {})
@@ -287,7 +286,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--show", action="store_true", help="print and draw what was kept, and do no more")
     asked = parser.parse_args()
-    kept = json.loads(asked.output.read_text()) if asked.output.exists() else {"data": {}}
+    kept = read(asked.output)
     torch.set_num_threads(1)
     if not asked.show:
         for loss in ("bce", "softmax"):  # compiles
@@ -295,11 +294,7 @@ def main() -> None:
         with threadpool_limits(1):
             for protocol in asked.data:
                 for way, row in measured(protocol, asked.ways, asked.seeds, asked.limit):
-                    # Another process may have written what it measured.
-                    kept = json.loads(asked.output.read_text()) if asked.output.exists() else kept
-                    kept["data"].setdefault(protocol, {})[way] = row
-                    kept["versions"] = versions()
-                    asked.output.write_text(json.dumps(kept) + "\n")
+                    kept = keep(asked.output, protocol, way, row)
     for protocol, ways in kept["data"].items():
         ordered = {way: ways[way] for way in WAYS if way in ways}
         print(f"\n{table(protocol, ordered)}")

@@ -9,6 +9,7 @@ best iteration is part of the choice.
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -123,7 +124,7 @@ def choose(peer: Peer, cuts: Sequence[Holdout], seed: int = 0) -> Choice:
         while moved:
             moved = False
             for name, ratio in itertools.product(peer.grid, (factor, 1 / factor)):
-                while (further := _changed(best, name, ratio)) and score(further) > score(best):
+                while (further := _changed(best, name, ratio, peer.most)) and score(further) > score(best):
                     best, moved = further, True
     ndcg, iterations = scores[tuple(best.values())]
     if iterations is not None:
@@ -131,11 +132,13 @@ def choose(peer: Peer, cuts: Sequence[Holdout], seed: int = 0) -> Choice:
     return Choice(best, ndcg, len(scores), time.process_time() - began)
 
 
-def _changed(settings: Mapping[str, float], name: str, ratio: float) -> dict[str, float] | None:
-    """The settings with one value multiplied; a whole number stays one, and there is none below 1."""
+def _changed(
+    settings: Mapping[str, float], name: str, ratio: float, most: Mapping[str, float]
+) -> dict[str, float] | None:
+    """The settings with one value multiplied; None beyond its largest, or for a whole number below 1."""
     value = settings[name]
     changed = type(value)(value * ratio)
-    return {**settings, name: changed} if changed else None
+    return {**settings, name: changed} if 0 < changed <= most.get(name, math.inf) else None
 
 
 def _score(

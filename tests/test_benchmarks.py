@@ -51,10 +51,10 @@ def test_a_peer_is_timed_without_its_scoring(clock):
             if after(iteration, iteration):
                 break
 
-    curve = of_peer(Peer(fit, {}, 4), {}, Cut(clock), seed=0)
+    curve = of_peer(Peer(fit, {}, {}, 4), {}, Cut(clock), seed=0)
     assert curve.seconds == [2.0, 4.0, 6.0, 8.0, 10.0, 12.0, 14.0, 16.0, 20.0, 24.0]
     assert curve.ndcg == [1, 2, 3, 4, 5, 6, 7, 8, 10, 12]
-    assert of_peer(Peer(fit, {}, 4), {}, Cut(clock), seed=0, limit=5.0).seconds == [2.0, 4.0, 6.0]
+    assert of_peer(Peer(fit, {}, {}, 4), {}, Cut(clock), seed=0, limit=5.0).seconds == [2.0, 4.0, 6.0]
 
 
 @pytest.mark.parametrize(("cuts", "seconds"), [(True, [3.0, 6.0, 12.0]), (False, [3.0, 6.0, 9.0])])

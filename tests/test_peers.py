@@ -94,7 +94,10 @@ def test_the_search_goes_uphill_from_the_best_point_of_the_grid(matrix):
         return Scores(lambda users: scores[users].copy())
 
     holdout = held_out(matrix)
-    found = choose(Peer(fit, {"x": (8, 32), "y": (1.0, 4.0)}), [holdout])
+    grid = {"x": (8, 32), "y": (1.0, 4.0)}
+    assert choose(Peer(fit, grid, {"x": 48}), [holdout]).settings == {"x": 32, "y": 0.125}
+    asked.clear()
+    found = choose(Peer(fit, grid), [holdout])
     assert found.settings == best
     assert found.ndcg == pytest.approx(1)
     assert found.tried == len(asked) == len(set(asked))
@@ -104,7 +107,7 @@ def test_the_search_goes_uphill_from_the_best_point_of_the_grid(matrix):
 def test_of_an_iterated_peer_the_best_iteration_is_chosen(matrix, name):
     pytest.importorskip("implicit")
     holdout = held_out(matrix)
-    peer = Peer(PEERS[name].fit, {"factors": (4,)}, 8)
+    peer = Peer(PEERS[name].fit, {"factors": (4,)}, {"factors": 8}, 8)
     choice = choose(peer, [holdout])
     seen = {}
 
