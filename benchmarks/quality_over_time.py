@@ -271,7 +271,12 @@ def draw(data: dict[str, dict[str, dict[str, Any]]]) -> None:
         axis.grid(color=grey, alpha=0.25, linewidth=0.5)
         for spine in axis.spines.values():
             spine.set_color(grey)
-        axis.legend(labelcolor=grey, frameon=False, fontsize=8, loc="lower right")
+        best = max(max(curve[1]) for row in ways.values() for curve in row["curves"])
+        axis.set_ylim(0.7 * best, 1.02 * best)
+    lines = {line.get_label(): line for axis in axes[0] for line in axis.lines if line.get_label()[0] != "_"}
+    figure.legend(
+        lines.values(), lines, labelcolor=grey, frameon=False, ncols=len(lines), loc="outside lower center"
+    )
     figure.savefig(PICTURE, transparent=True, metadata={"Date": None})
 
 
