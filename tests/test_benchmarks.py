@@ -3,58 +3,76 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-
-from fasttower_kernels.known_positives import KnownPositives
-from fasttower_kernels.tables import Interactions
 
 ROOT = Path(__file__).parent.parent
 
 
 def test_time_to_a_level():
-    pytest.importorskip("implicit")
-    from benchmarks.against_implicit import Curve
+    from benchmarks.quality_over_time import Curve
 
-    curve = Curve([1.0, 2.0, 4.0], [0.1, 0.3, 0.2])
-    assert [curve.time_to(level) for level in (0.1, 0.2, 0.3, 0.31)] == [1.0, 2.0, 2.0, None]
+    curve = Curve([1.0, 2.0, 4.0, 5.0], [0.1, 0.3, 0.2, 0.4])
+    assert [curve.time_to(level) for level in (0.1, 0.2, 0.3, 0.31, 0.41)] == [1.0, 2.0, 2.0, 5.0, None]
+    assert curve.best_so_far().ndcg == [0.1, 0.3, 0.3, 0.4]
 
 
-def test_implicit_is_timed_without_its_evaluation(monkeypatch):
-    pytest.importorskip("implicit")
-    from benchmarks import against_implicit
+class Cut:
+    """A validation cut whose scoring takes a hundred seconds."""
 
-    now = 0.0
+    matrix, users = None, range(1)
 
-    class Model:
-        def __init__(self, *, iterations, **_):
-            self.iterations = iterations
+    def __init__(self, clock):
+        self.clock = clock
 
-        def fit(self, matrix, *, show_progress, callback):
-            nonlocal now
-            assert matrix.toarray().tolist() == [[0, 1], [1, 1]]
-            for epoch in range(self.iterations):
-                now += 2.0
-                self.user_factors = self.item_factors = torch.full((2, 1), float(epoch)).numpy()
-                callback(epoch, 2.0)
+    def metrics(self, model):
+        self.clock.now += 100.0
+        return {}, torch.tensor([float(model)])
 
-    class Validation:
-        def metrics(self, model):
-            nonlocal now
-            now += 100.0
-            return {"NDCG@10": float(model.infer_users()[0, 0])}, None
 
-    monkeypatch.setitem(against_implicit.MODELS, "implicit BPR", Model)
-    monkeypatch.setattr(against_implicit.time, "perf_counter", lambda: now)
-    rows = Interactions(torch.tensor([0, 1, 1]).int(), torch.tensor([1, 0, 1]).int())
-    known = KnownPositives.from_pairs(rows.user_index, rows.item_index, 2, 2)
-    model, curve = against_implicit.train_implicit(
-        "implicit BPR", {}, 3, rows, known, seed=0, threads=1, validation=Validation()
-    )
-    assert curve.seconds == [2.0, 4.0, 6.0]
-    assert curve.ndcg == [0.0, 1.0, 2.0]
-    assert float(model.infer_items()[1, 0]) == 2.0
+@pytest.fixture
+def clock(monkeypatch):
+    from benchmarks import quality_over_time
+
+    clock = SimpleNamespace(now=7.0)
+    monkeypatch.setattr(quality_over_time.time, "process_time", lambda: clock.now)
+    return clock
+
+
+def test_a_peer_is_timed_without_its_scoring(clock):
+    from benchmarks.peers import Peer
+    from benchmarks.quality_over_time import of_peer
+
+    def fit(matrix, *, iterations, seed, after):
+        for iteration in range(1, iterations + 1):
+            clock.now += 2.0
+            if after(iteration, iteration):
+                break
+
+    curve = of_peer(Peer(fit, {}, {}, 4), {}, Cut(clock), seed=0)
+    assert curve.seconds == [2.0, 4.0, 6.0, 8.0, 10.0, 12.0, 14.0, 16.0, 20.0, 24.0]
+    assert curve.ndcg == [1, 2, 3, 4, 5, 6, 7, 8, 10, 12]
+    assert of_peer(Peer(fit, {}, {}, 4), {}, Cut(clock), seed=0, limit=5.0).seconds == [2.0, 4.0, 6.0]
+
+
+@pytest.mark.parametrize(("cuts", "seconds"), [(True, [3.0, 6.0, 12.0]), (False, [3.0, 6.0, 9.0])])
+def test_fasttower_is_timed_without_its_scoring(clock, cuts, seconds):
+    from benchmarks.quality_over_time import Stopwatch
+
+    watch = Stopwatch(cuts=cuts, limit=seconds[-1] - 0.5)
+    watch.on_training("cpu", "numba", "", 1)
+    for cut, ndcg in ((0, 0.2), (0, 0.1), (1, 0.9), (0, 0.3)):
+        assert not watch.should_stop()
+        for _ in range(3):
+            clock.now += 1.0
+            watch.on_progress("search", 1, 1, 1, 1)
+        clock.now += 100.0
+        watch.on_epoch(SimpleNamespace(cut=cut, valid={"NDCG@10": ndcg}))
+    assert watch.curve.seconds == seconds
+    assert watch.curve.ndcg == [0.2, 0.1, 0.3]
+    assert watch.should_stop()
 
 
 @pytest.mark.slow
