@@ -72,6 +72,11 @@ def test_training_and_kernels_need_torch_and_numpy_alone():
     assert done.returncode == 0, done.stderr
 
 
+def test_a_cpu_needs_no_triton():
+    done = run(["triton"], TRAIN_AND_RETRIEVE.replace('backend="torch", ', ""))
+    assert done.returncode == 0, done.stderr
+
+
 def test_data_needs_no_torch():
     done = run(["torch"], IMPORT_ALL.format(package="fasttower.data"))
     assert done.returncode == 0, done.stderr
