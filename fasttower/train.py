@@ -72,7 +72,7 @@ def run(arguments: Sequence[str]) -> int:
     # A place where nothing can be written, or another run will be, is found out before the training.
     with (
         reserved(run_dir, numbered=flags.run_dir is None) as run_dir,
-        stop_on_ctrl_c(observer, "the run"),
+        stop_on_signals(observer, "the run") as stopped,
         observer,
     ):
         finished = fit(config=config, observer=observer)
@@ -80,7 +80,7 @@ def run(arguments: Sequence[str]) -> int:
     observer.show_result(finished, run_dir)
     if flags.json:
         sys.stdout.write(json.dumps(finished.metrics, indent=2) + "\n")
-    return EXIT_INTERRUPTED if finished.interrupted else 0
+    return stopped.exit_code if finished.interrupted else 0
 
 
 def read_flags(arguments: Sequence[str]) -> TrainFlags:
@@ -118,23 +118,54 @@ def base_of_flags(arguments: Sequence[str]) -> tuple[Preset, dict[str, object], 
     return known.preset, read, base
 
 
+@dataclass
+class Stopped:
+    """By which signal a training was stopped.
+
+    Attributes:
+        exit_code: of the process then: 128 and the signal's number, as shells have it.
+    """
+
+    exit_code: int = EXIT_INTERRUPTED
+
+
 @contextlib.contextmanager
-def stop_on_ctrl_c(observer: ConsoleObserver, result: str) -> Iterator[None]:
-    """The first Ctrl-C in the training stops it and has the result written; others interrupt at once."""
+def stop_on_signals(observer: ConsoleObserver, result: str) -> Iterator[Stopped]:
+    """The first signal in the training stops it and has the result written; others end the process at once.
+
+    The signals are Ctrl-C's, SIGTERM, by which schedulers and `kill` end a process, and that of a terminal
+    that is closed.
+    """
+    stopped = Stopped()
+
+    def leave(signum: int, frame: object) -> None:
+        if signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(128 + signum)
 
     def ask(signum: int, frame: object) -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number in before:
+            signal.signal(number, leave)
         if not observer.training:
-            raise KeyboardInterrupt
+            leave(signum, frame)
+        stopped.exit_code = 128 + signum
         observer.stop()
         # Past Python's buffers, which the signal may have interrupted.
-        os.write(2, f"\nstopping; {result} will be written. Ctrl-C again gives it up.\n".encode())
+        with contextlib.suppress(OSError):  # of a terminal that is gone
+            os.write(2, f"\nstopping; {result} will be written. Ctrl-C again gives it up.\n".encode())
 
-    before = signal.signal(signal.SIGINT, ask)
+    numbers = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+    # Under nohup the closed terminal is ignored, and stays so.
+    before = {
+        number: was for number in numbers if (was := signal.getsignal(number)) not in (None, signal.SIG_IGN)
+    }
+    for number in before:
+        signal.signal(number, ask)
     try:
-        yield
+        yield stopped
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, was in before.items():
+            signal.signal(number, was)
 
 
 if __name__ == "__main__":

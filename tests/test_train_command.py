@@ -256,8 +256,15 @@ def test_cuda_that_is_not_there_warns_and_goes_on(csv, tmp_path, capsys, monkeyp
     assert (config["device_requested"], config["device"]) == ("cuda", "cpu")
 
 
-@pytest.mark.parametrize("module", ["fasttower.train", "fasttower"])
-def test_ctrl_c_writes_the_run_and_exits_with_130(csv, tmp_path, module):
+@pytest.mark.parametrize(
+    ("module", "number", "code"),
+    [
+        ("fasttower.train", signal.SIGINT, 130),
+        ("fasttower", signal.SIGTERM, 143),
+        ("fasttower", signal.SIGHUP, 129),
+    ],
+)
+def test_a_signal_stops_the_training_and_has_the_run_written(csv, tmp_path, module, number, code):
     arguments = ["train"] if module == "fasttower" else []
     arguments += ["--data", str(csv), "--run-dir", str(tmp_path / "run"), *QUICK, "--epochs", "100000"]
     arguments += ["--valid-fraction", "0"]
@@ -271,10 +278,10 @@ def test_ctrl_c_writes_the_run_and_exits_with_130(csv, tmp_path, module):
     )
     for line in process.stdout:
         if line.startswith("train   2"):
-            process.send_signal(signal.SIGINT)
+            process.send_signal(number)
             break
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, out + err
+    assert process.returncode == code, out + err
     assert "Traceback" not in err
     run = fasttower.load_run(tmp_path / "run")
     assert run.interrupted

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fasttower.cli import EXIT_INTERRUPTED, parse
+from fasttower.cli import parse
 from fasttower.config import Config, Preset
 from fasttower.errors import FastTowerError
-from fasttower.train import base_of_flags, stop_on_ctrl_c
+from fasttower.train import base_of_flags, stop_on_signals
 
 if TYPE_CHECKING:
     from fasttower.tuning.tune import Tuned
@@ -79,7 +79,7 @@ def run(arguments: Sequence[str]) -> int:
     from fasttower.tuning.tune import tune  # noqa: PLC0415
 
     observer = ConsoleTuneObserver(quiet=flags.quiet, to_stderr=flags.json)
-    with stop_on_ctrl_c(observer, "the best so far"), observer:
+    with stop_on_signals(observer, "the best so far") as stopped, observer:
         tuned = tune(
             config=config,
             trials=flags.trials,
@@ -97,7 +97,7 @@ def run(arguments: Sequence[str]) -> int:
     observer.show_tuned(tuned, flags.to, storage)
     if flags.json:
         sys.stdout.write(json.dumps(_result(tuned, flags.to, storage), indent=2) + "\n")
-    return EXIT_INTERRUPTED if tuned.interrupted else 0
+    return stopped.exit_code if tuned.interrupted else 0
 
 
 def _result(tuned: Tuned, to: Path, storage: Path) -> dict[str, object]:
