@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag, normalize
+from torch.nn.functional import embedding_bag, normalize, pad
 
 from fasttower_kernels.known_positives import KnownPositives
 from fasttower_kernels.philox import Purpose, derive_key
@@ -34,6 +34,8 @@ def spectral_vectors(known: KnownPositives, dim: int, seed: int) -> tuple[Tensor
     Source: Halko, Martinsson and Tropp, "Finding Structure with Randomness" (SIAM Review 2011), algorithms
     4.4 and 5.1.
     """
+    device = known.items.device
+    known = known.to("cpu") if device.type == "mps" else known  # that has no float64
     by_user, by_item = _Bags.of(known), _Bags.transposed(known)
     scale = known.degrees.clamp(min=1).rsqrt().unsqueeze(1)
 
@@ -59,7 +61,8 @@ def spectral_vectors(known: KnownPositives, dim: int, seed: int) -> tuple[Tensor
         items @ (rotation * torch.where(kept, 1 / root, 0)).float(),
     )
     missing = dim - vectors[0].shape[1]
-    return tuple(torch.nn.functional.pad(normalize(part), (0, missing)) for part in vectors)  # type: ignore[return-value]
+    left, right = (pad(normalize(part), (0, missing)).to(device) for part in vectors)
+    return left, right
 
 
 class _Bags:
