@@ -161,14 +161,16 @@ def _score(
 
 
 def curve(peer: Peer, settings: Mapping[str, float], cut: Holdout, seed: int) -> dict[int, float]:
-    """The mean NDCG by the number of iterations, until twice as many have not made it better."""
+    """The mean NDCG by the number of iterations, until many more have not made it better."""
+    assert peer.most_iterations is not None
+    patience = max(8, peer.most_iterations // 3)  # with a small learning rate the first ones show nothing
     ndcg: dict[int, float] = {}
 
     def after(iteration: int, ranker: Ranker) -> bool:
         if is_scored(iteration):
             ndcg[iteration] = float(cut.metrics(ranker)[1].mean())
         best = max(ndcg, key=lambda scored: ndcg[scored])
-        return iteration >= 2 * best + 8
+        return iteration >= 2 * best + patience
 
     peer.fit(cut.matrix, iterations=peer.most_iterations, seed=seed, after=after, **settings)
     return ndcg
