@@ -37,7 +37,8 @@ def test_help_has_an_example(name, capsys):
         main([name, "--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    assert f"Example: fasttower {name} runs/mine" in text
+    what = "--data" if name == "tune" else "runs/mine"
+    assert f"Example: fasttower {name} {what}" in text
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "csv", "jsonl", "json"])
