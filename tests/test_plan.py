@@ -44,7 +44,8 @@ def spans(found):
 def test_a_candidate_goes_on_from_rung_to_rung_while_it_gains_and_its_best_epoch_is_trained_again():
     plan = Plan.of(CONFIG, 100, cuts=1)
     assert spans(phases(plan, lambda phase, epoch: -abs(epoch - 11))) == [
-        ("search", 0, 0, 4),
+        ("search", 0, 0, 2),
+        ("search", 0, 2, 4),
         ("search", 0, 4, 8),
         ("search", 0, 8, 16),
         ("search", 0, 16, 30),
@@ -54,7 +55,7 @@ def test_a_candidate_goes_on_from_rung_to_rung_while_it_gains_and_its_best_epoch
 
 def test_what_does_not_gain_is_not_trained_further():
     plan = Plan.of(CONFIG, 100, cuts=1)
-    assert spans(phases(plan, lambda phase, epoch: -abs(epoch - 3)))[2:] == [("refit", None, 0, 3)]
+    assert spans(phases(plan, lambda phase, epoch: -abs(epoch - 3)))[3:] == [("refit", None, 0, 3)]
 
 
 def test_a_rung_is_gone_through_on_each_cut_and_their_users_decide_together():
@@ -63,8 +64,10 @@ def test_a_rung_is_gone_through_on_each_cut_and_their_users_decide_together():
 
     plan = Plan.of(dataclasses.replace(CONFIG, epochs=4, refit=False, prefer="accuracy"), 100, cuts=2)
     assert spans(phases(plan, score_at)) == [
-        ("search", 0, 0, 4),
-        ("search", 1, 0, 4),
+        ("search", 0, 0, 2),
+        ("search", 1, 0, 2),
+        ("search", 0, 2, 4),
+        ("search", 1, 2, 4),
         ("refit", 0, 0, 1),
     ]
 

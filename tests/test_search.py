@@ -128,8 +128,8 @@ def test_nothing_is_begun_after_the_seconds():
 
 def test_epochs_are_limited_and_half_as_many_where_negatives_are_shared():
     search = Search.of(TrainingConfig(epochs=10), 100)
-    assert [search.epochs(BCE, rung) for rung in range(3)] == [4, 8, 10]
-    assert [search.epochs(COSINE, rung) for rung in range(4)] == [2, 4, 8, 10]
+    assert [search.epochs(BCE, rung) for rung in range(4)] == [2, 4, 8, 10]
+    assert [search.epochs(COSINE, rung) for rung in range(5)] == [1, 2, 4, 8, 10]
 
 
 def test_every_epoch_is_scored_at_first_then_four_of_each_doubling_and_the_last():

@@ -37,9 +37,9 @@ QUICK = {"l2": (0.03, 0.06, 0.12), "temperature": (0.14, 0.4)}
 THOROUGH = {"l2": (0.015, 0.03, 0.06, 0.12, 0.24), "temperature": (0.1, 0.14, 0.2, 0.28, 0.4)}
 """What a quick search begins with, and what a thorough one goes on with."""
 
-FIRST_RUNG = 4
-"""Epochs before any candidate is left; half as many with negatives that a block shares, of which a positive
-has hundreds."""
+FIRST_RUNG = 2
+"""Epochs before any candidate is left, from the spectral start; half as many with negatives that a block
+shares, of which a positive has hundreds."""
 
 MOST_EPOCHS = 64
 """Of a candidate; half as many in a quick search."""
