@@ -188,7 +188,9 @@ class ConsoleObserver(FitObserver):
         times = "  ".join(f"{name} {seconds:.1f} s" for name, seconds in metrics["timing_s"].items())
         self._console.print(times)
         if run.interrupted:
-            self._warnings.print("interrupted: the run holds what had been trained by then")
+            in_search = any(record.phase == "search" for record in run.history)
+            on = " on the rows before the validation cut, the best epoch so far" if in_search else ""
+            self._warnings.print(f"interrupted: the run holds what had been trained by then{on}")
         self._console.print(f"run written to {literal(run_dir)}")
 
     def _show_test(self, metrics: Metrics) -> None:
