@@ -118,7 +118,8 @@ class TrainingConfig:
     """Where training begins: normal draws, or draws around the leading singular vectors of the interactions
     (spectral), from where sparse data take half as many epochs."""
     init_scale: float | None = None
-    """Standard deviation of the draws for the initial vectors; 0.1 / sqrt(embedding_dim) if not given."""
+    """Standard deviation of the draws for the initial vectors, to which the length of spectral ones is in
+    proportion; 0.1 / sqrt(embedding_dim) if not given."""
     loss: LossName | None = None
     """Loss of a positive and its negatives: binary cross-entropy, gbce (its calibrated form), bpr (pairwise)
     or sampled softmax; if not given, the search tries bce and softmax."""
@@ -346,8 +347,10 @@ class Config(TrainingConfig, DataConfig):
         known = {field.name for field in dataclasses.fields(cls)}
         merged = dict(values)
         # The format is of the run that the file belongs to. What it does not read has a value there too.
-        if merged.pop("format", None) is not None and merged.get("similarity") == "dot":
-            merged.pop("temperature", None)
+        if merged.pop("format", None) is not None:
+            merged.setdefault("initial_vectors", "normal")  # before there were others
+            if merged.get("similarity") == "dot":
+                merged.pop("temperature", None)
         # A run's file says what was used beside what was asked for; what was asked for is the configuration.
         for name in ("device", "backend"):
             if (requested := merged.pop(f"{name}_requested", None)) is not None:

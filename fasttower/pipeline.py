@@ -245,7 +245,7 @@ def to_training_data(prepared: PreparedData) -> TrainingData:
 
 def users_to_choose_by(data: TrainingData) -> int:
     """Validation users, of all cuts."""
-    return sum(len(cut.valid.user_index.unique()) for cut in data.cuts)
+    return len(torch.cat([cut.valid.user_index for cut in data.cuts]).unique()) if data.cuts else 0
 
 
 def _enough_to_choose_by(data: TrainingData, config: Config, observer: FitObserver) -> TrainingData:

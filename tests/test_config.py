@@ -194,3 +194,9 @@ def test_the_notebook_preset_is_the_notebooks_protocol():
         "loss_scale": "pairs",
     }
     assert {name: getattr(preset, name) for name in expected} == expected
+
+
+def test_runs_from_before_the_spectral_start_began_at_normal_vectors():
+    assert Config.from_json({"format": 3}).initial_vectors == "normal"
+    assert Config.from_json({"format": 4, "initial_vectors": "spectral"}).initial_vectors == "spectral"
+    assert Config.from_json({}).initial_vectors == "spectral"

@@ -10,6 +10,7 @@ import torch
 from fasttower.config import TrainingConfig
 from fasttower.errors import TrainingError
 from fasttower.model import TwoTower
+from fasttower.training import trainer as trainer_module
 from fasttower.training.data import Cut, TrainingData
 from fasttower.training.observer import Observer
 from fasttower.training.plan import Plan
@@ -145,6 +146,57 @@ def test_training_begins_at_the_directions_of_the_part_that_it_reads(data):
         assert torch.nn.functional.cosine_similarity(tower.vectors, rows).min() > 0.5
     normal = train(data, dataclasses.replace(config, initial_vectors="normal")).model
     assert torch.nn.functional.cosine_similarity(normal.item_tower.vectors, directions[1]).mean() < 0.5
+
+
+def test_each_seed_begins_at_directions_of_its_own(data):
+    config = config_with(seeds=2, refit=False, loss="bce")
+    both = Trainer(data, config)
+    both.train()
+    assert_tables = zip(
+        both.train().model.tables,
+        train(data, dataclasses.replace(config, seed=1, seeds=1)).model.tables,
+        strict=True,
+    )
+    assert all(left.equal(right) for left, right in assert_tables)
+
+
+def test_a_table_that_the_last_step_broke_is_seen(data, monkeypatch):
+    trainer = Trainer(data, config_with(search="none", loss="bce", epochs=1))
+    whole = trainer_module._PhaseStep.run
+
+    def broken(step, first, count):
+        loss = whole(step, first, count)
+        step.state.parameters.items[3, 1] = math.nan
+        return loss
+
+    monkeypatch.setattr(trainer_module._PhaseStep, "run", broken)
+    with pytest.raises(TrainingError, match="largest parameter nan"):
+        trainer.train()
+
+
+def test_stopped_when_all_so_far_has_diverged(data, monkeypatch):
+    monkeypatch.setattr("fasttower.training.search.QUICK", {"temperature": (1e-39, 0.2)})
+
+    class Stop(Recorder):
+        def on_trial(self, trial):
+            self.looks = 0
+
+    with pytest.raises(TrainingError, match="before any settings"):
+        train(data, config_with(loss="softmax", l2=None), observer=Stop())
+
+
+def test_a_state_is_loaded_over_whatever_the_trainer_was_at(data):
+    config = config_with(search="none", loss="bce")
+    trainer = Trainer(data, config)
+    state = trainer.state()
+    trainer.advance()
+    first = [table.clone() for table in trainer.model.tables]
+    trainer.load(state)
+    trainer.advance()
+    assert all(left.equal(right) for left, right in zip(trainer.model.tables, first, strict=True))
+    given = Trainer(data, config, model=TwoTower(NUM_USERS, NUM_ITEMS, 4).initialise(0, 0.1))
+    given.load(given.state())
+    given.advance()
 
 
 def test_candidates_that_wait_are_kept_until_the_search_is_over(data):

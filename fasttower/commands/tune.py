@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from fasttower.cli import parse
 from fasttower.config import Config, Preset
-from fasttower.errors import FastTowerError
+from fasttower.errors import FastTowerError, shown
 from fasttower.train import base_of_flags, stop_on_signals
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class Flags:
     storage: Path | None = None
     """SQLite file that keeps the trials; --to with the ending .db if not given."""
     preset: Preset = "default"
-    """As for fasttower train: default or notebook; what it sets stays as it is."""
+    """As for fasttower train: default or notebook; what it sets otherwise than the default stays as it is."""
     config: Path | None = None
     """As for fasttower train: a config.json; what it sets stays as it is."""
     quiet: bool = False
@@ -70,6 +70,8 @@ def run(arguments: Sequence[str]) -> int:
     given = named | {name for name, value in read.items() if value is not None}
     keep = [name for name in settings if name in given]
     config = Config(**{name: getattr(flags, name) for name in settings})
+    if flags.to.is_dir():
+        raise FastTowerError(f"--to {shown(flags.to)} is a folder; expected the name of a file to write.")
     storage = flags.storage or flags.to.with_suffix(".db")
     _check_writable(flags.to, storage)
 

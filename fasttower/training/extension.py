@@ -25,7 +25,7 @@ def extended_model(
 ) -> TwoTower:
     """A model of more users and items: known vectors as they are, new ones where training would begin.
 
-    A new item starts as every item of a new run does. A new user starts at the vector that fits the known
+    A new item starts at a random vector. A new user starts at the vector that fits the known
     items it touched.
 
     Args:

@@ -189,14 +189,14 @@ class Search:
 
     def next(self, trials: Sequence[Trial]) -> tuple[Candidate, int] | None:
         """The candidate to train and the rung to train it to, given all trials so far; None at the end."""
+        sound = [trial for trial in trials if not trial.diverged]
         spent = sum(trial.seconds for trial in trials)
-        if trials and self.seconds is not None and spent >= self.seconds:
+        if sound and self.seconds is not None and spent >= self.seconds:
             return None
         tried = {trial.candidate for trial in trials}
         for candidate in self.start:
             if candidate not in tried:
                 return candidate, 0
-        sound = [trial for trial in trials if not trial.diverged]
         for rung in range(max((len(trial.rungs) for trial in sound), default=0)):
             reached = [trial for trial in sound if len(trial.rungs) > rung]
             reached.sort(key=lambda trial: -trial.best(rung).mean)  # stable: the first of equals stays so

@@ -50,7 +50,7 @@ def spectral_vectors(known: KnownPositives, dim: int, seed: int) -> tuple[Tensor
     generator = torch.Generator().manual_seed(derive_key(seed, Purpose.INITIAL_TABLES, 2)[0])
     projection = torch.randn(num_items, width, generator=generator).to(known.items.device)
     items = torch.linalg.qr(to_items(to_users(projection)))[0]
-    users = torch.linalg.qr(to_users(items))[0]
+    users = torch.linalg.qr(to_users(items))[0] * (known.degrees > 0).unsqueeze(1)  # without rounding errors
     items = to_items(users)
     squares, rotation = torch.linalg.eigh(items.double().T @ items.double())
     squares, rotation = squares.flip(0)[:dim], rotation.flip(1)[:, :dim]

@@ -153,7 +153,8 @@ class Trainer:
         self._next: tuple[int, Phase | None] | None = None  # after so many outcomes
         # On the CPU: those of a long search would fill a GPU.
         self._paused: dict[Paused, list[Tensor]] = {}  # of the current seed's search
-        self._spectral: dict[tuple[int | None, int], tuple[Tensor, Tensor]] = {}  # by cut and dim, likewise
+        # By seed, cut and dimension, on the device; likewise.
+        self._spectral: dict[tuple[int, int | None, int], tuple[Tensor, Tensor]] = {}
         self._fit = data.fit, known
         self._cuts = [_Cut.of(cut, known, config) for cut in data.cuts[: self.plan.cuts_read]]
 
@@ -258,11 +259,12 @@ class Trainer:
         model = self._empty_model(config)
         model.initialise(phase.seed, config.init_scale)
         if config.initial_vectors == "spectral":
-            key = phase.cut, config.embedding_dim
-            if key not in self._spectral:
-                self._spectral[key] = spectral_vectors(known, config.embedding_dim, phase.seed)
+            key = phase.seed, phase.cut, config.embedding_dim
+            directions = self._spectral.get(key) or spectral_vectors(known, config.embedding_dim, phase.seed)
+            if phase.searches:  # other candidates begin there too
+                self._spectral[key] = directions
             length = _SPECTRAL_LENGTH * config.init_scale * math.sqrt(config.embedding_dim)
-            model.add_directions(*self._spectral[key], length)
+            model.add_directions(*directions, length)
         return model
 
     def _empty_model(self, config: ResolvedTrainingConfig) -> TwoTower:
@@ -286,14 +288,15 @@ class Trainer:
         progress, num_rows = self.progress, len(step.interactions)
         train_loss = step.mean(progress.loss)
         # The loss was taken before the last updates, which may have been the ones that broke the tables.
-        largest = max(float(table.abs().max()) for table in step.state.parameters)
-        if not (math.isfinite(train_loss) and largest < _LARGEST_PARAMETER):
+        largest = [float(table.abs().max()) for table in step.state.parameters]
+        broken = [value for value in largest if not value < _LARGEST_PARAMETER]  # as NaN is not
+        if broken or not math.isfinite(train_loss):
             if phase.searches and self.plan.search is not None and self.plan.search.opens:
                 return False  # others may do better
             settings = Candidate.of(self.settings(phase))
             raise TrainingError(
                 f"the training diverged in epoch {epoch} of {settings} (loss {train_loss:g}, largest "
-                f"parameter {largest:g}); try a --learning-rate below {self.config.learning_rate:g}."
+                f"parameter {max(broken or largest):g}); try a --learning-rate below {self.config.learning_rate:g}."
             )
         began = time.perf_counter()
         valid_loss, valid, scores = self._validate(phase, step, epoch)
@@ -352,6 +355,8 @@ class Trainer:
             assert self.plan.search is not None
             if phase.epochs < self.plan.search.most_epochs and not diverged:
                 self._paused[phase.candidate, phase.cut] = [part.cpu() for part in _parts(step.state)]
+            for cut in range(self.plan.cuts if diverged else 0):
+                self._paused.pop((phase.candidate, cut), None)  # it does not go on
         else:
             progress.best = None  # the model as it is counts
         progress.step, progress.phase_s, progress.scores, self._step = 0, 0.0, [], None
@@ -371,6 +376,8 @@ class Trainer:
         trials = trials_of(done, self.plan.cuts)
         assert model is not None  # a step has been run
         if best is None:
+            if self._step is None and done[-1].diverged:
+                raise TrainingError("the training diverged before any settings were scored.")
             phase = self.phase if self._step is not None else done[-1].phase
             assert phase is not None
             epoch = history[-1].epoch if history else 0
@@ -390,13 +397,15 @@ class Trainer:
     def load(self, state: TrainerState) -> None:
         """Go on from the state of a trainer of the same data, configuration and plan."""
         self.progress = state.progress.copy()
+        self.model, self._step, self._next = self._given_model, None, None
+        self._spectral.clear()
         phase = self.phase
         self._paused = dict(state.paused)
         if phase is not None and self.progress.step:
             self._step = self._begin(phase, state.tables)
         elif state.tables:
-            last = self.progress.outcomes[-1].phase
-            self.model = self._given_model or self._empty_model(self.settings(last))
+            if self.model is None:
+                self.model = self._empty_model(self.settings(self.progress.outcomes[-1].phase))
             _copy(state.tables, self.model.tables)
 
     def _tables(self) -> list[Tensor]:

@@ -172,7 +172,14 @@ class Space:
     def standard(self) -> list[dict[str, Any]]:
         """The parameters of the candidates that a training's own search begins with."""
         search = Search.of(dataclasses.replace(self._config, search="quick"), self._sizes[1])
-        return [self._parameters(candidate) for candidate in search.start]
+        found: list[dict[str, Any]] = []
+        for candidate in search.start:
+            parameters = self._parameters(candidate)
+            for name in {"l2", "temperature"} & set(self.kept):
+                del parameters[name]  # candidates that differ in it only are one
+            if candidate.family in self.families and parameters not in found:
+                found.append(parameters)
+        return found
 
     def _parameters(self, candidate: Candidate) -> dict[str, Any]:
         return {

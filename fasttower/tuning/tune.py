@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import polars as pl
-import torch
 
 from fasttower.config import Config, DataConfig, ResolvedConfig
 from fasttower.data.preparation import prepare
@@ -262,20 +261,21 @@ def _run(
     per_user: list[float] = []
     began = time.perf_counter()
     try:
-        trainer = _trainer(config, parts, observer)
-        for rung, reached in enumerate(_rungs(trainer, stop)):
-            best = reached.best()
-            row["score"], row["coverage"], row["best_epoch"] = best.mean, best.coverage, best.epoch
-            row["epochs"], per_user = reached.epochs, best.per_user.tolist()
-            is_behind = study.is_behind(trial, FIRST_RUNG << rung, best.mean)
-            # What a training would find has to be found here too.
-            if is_behind and number > len(first) and _goes_on(trainer):
-                row["state"] = "pruned"
-                break
+        with memory_of(parts.fit.user_index.device, LESS_MEMORY):
+            trainer = _trainer(config, parts, observer)
+            for rung, reached in enumerate(_rungs(trainer, stop)):
+                best = reached.best()
+                row["score"], row["coverage"], row["best_epoch"] = best.mean, best.coverage, best.epoch
+                row["epochs"], per_user = reached.epochs, best.per_user.tolist()
+                is_behind = study.is_behind(trial, FIRST_RUNG << rung, best.mean)
+                # What a training would find has to be found here too.
+                if is_behind and number > len(first) and _goes_on(trainer):
+                    row["state"] = "pruned"
+                    break
         if row["state"] == "complete" and _goes_on(trainer):
             study.end(trial, None)
             return None
-    except (FastTowerError, torch.OutOfMemoryError) as error:
+    except FastTowerError as error:
         row |= {"state": "failed", "score": None, "coverage": None, "best_epoch": None, "epochs": None}
         row["reason"], per_user = str(error).split("\n", maxsplit=1)[0], []
     except BaseException:
