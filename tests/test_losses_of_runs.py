@@ -23,7 +23,7 @@ RUNS = {
 
 @pytest.fixture(scope="module", params=RUNS.values(), ids=RUNS)
 def trained(request, ratings, tmp_path_factory):
-    run = fasttower.fit(ratings, dataclasses.replace(CONFIG, **request.param))
+    run = fasttower.fit(ratings, dataclasses.replace(CONFIG, search="none", **request.param))
     path = tmp_path_factory.mktemp("runs") / "run"
     run.save(path)
     return fasttower.load_run(path)
@@ -38,8 +38,7 @@ def own_parity(frame):
 
 
 def test_learns(trained):
-    first = trained.history[0].settings
-    losses = [record.train_loss for record in trained.history if record.settings == first and record.cut == 0]
+    losses = [record.train_loss for record in trained.history]
     assert losses[-1] < losses[0]
     assert own_parity(trained.recommend(filter_seen=False)) > 0.9
 

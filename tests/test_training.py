@@ -152,12 +152,9 @@ def test_each_seed_begins_at_directions_of_its_own(data):
     config = config_with(seeds=2, refit=False, loss="bce")
     both = Trainer(data, config)
     both.train()
-    assert_tables = zip(
-        both.train().model.tables,
-        train(data, dataclasses.replace(config, seed=1, seeds=1)).model.tables,
-        strict=True,
-    )
-    assert all(left.equal(right) for left, right in assert_tables)
+    second = train(data, dataclasses.replace(config, seed=1, seeds=1)).model
+    for left, right in zip(both.train().model.tables, second.tables, strict=True):
+        assert left.equal(right)
 
 
 def test_a_table_that_the_last_step_broke_is_seen(data, monkeypatch):

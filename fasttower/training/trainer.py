@@ -296,7 +296,8 @@ class Trainer:
             settings = Candidate.of(self.settings(phase))
             raise TrainingError(
                 f"the training diverged in epoch {epoch} of {settings} (loss {train_loss:g}, largest "
-                f"parameter {max(broken or largest):g}); try a --learning-rate below {self.config.learning_rate:g}."
+                f"parameter {max(broken or largest):g}); try a --learning-rate below "
+                f"{self.config.learning_rate:g}."
             )
         began = time.perf_counter()
         valid_loss, valid, scores = self._validate(phase, step, epoch)
