@@ -67,7 +67,10 @@ def _refuse(number: str) -> float:
 def _integer(digits: str) -> int:
     if len(digits) > _MOST_DIGITS:
         raise ValueError(f"it holds a number of {len(digits):,} digits")
-    return int(digits)
+    number = int(digits)
+    if not -(2**63) <= number < 2**64:
+        raise ValueError(f"it holds {digits}, which is past 64 bits")
+    return number
 
 
 def _float(digits: str) -> float:

@@ -309,7 +309,8 @@ class Trainer:
             epoch=epoch,
             step=progress.step,
             train_loss=train_loss,
-            valid_loss=valid_loss,
+            # It may overflow where the training loss does not.
+            valid_loss=valid_loss if valid_loss is not None and math.isfinite(valid_loss) else None,
             valid=valid,
             epoch_s=progress.epoch_s,
             positives_per_s=num_rows / progress.epoch_s,
