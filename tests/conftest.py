@@ -4,6 +4,8 @@ Nothing is imported here that a machine for `tests/gpu` may lack, Polars among i
 """
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,6 +42,25 @@ def pytest_collection_modifyitems(items):
 CONFIG = Config(
     embedding_dim=4, batch_size=64, epochs=3, learning_rate=0.05, backend="torch", l2=0.03, threads=1, k=5
 )
+
+
+def signalled(arguments, line_start, number):
+    """The exit code, stdout and stderr of ``python -m ...``, sent a signal at a line that begins so."""
+    root = Path(__file__).parent.parent
+    process = subprocess.Popen(
+        [sys.executable, "-m", *map(str, arguments)],
+        env=os.environ
+        | {"PYTHONPATH": os.pathsep.join([str(root), str(root / "kernels")]), "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stdout:
+        if line.startswith(line_start):
+            process.send_signal(number)
+            break
+    out, err = process.communicate(timeout=60)
+    return process.returncode, out, err
 
 
 def _movielens(name: str) -> Path:

@@ -22,6 +22,9 @@ import polars as pl
 import torch
 from safetensors.torch import load_file, save, save_file
 
+from fasttower.run.directory import FILES as RUN_FILES
+from fasttower.run.manifest import MANIFEST
+
 
 @dataclass
 class Place:
@@ -591,15 +594,7 @@ def in_folder(place, put):
 
 # Run directories.
 
-FILES = (
-    "config.json",
-    "metrics.json",
-    "history.jsonl",
-    "users.parquet",
-    "items.parquet",
-    "model.safetensors",
-)
-FILES += ("known_positives.safetensors", "recommendations.parquet", "manifest.json")
+FILES = (*RUN_FILES, MANIFEST)
 
 
 def replaced(name, content):

@@ -5,12 +5,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import tomllib
 import warnings
 from pathlib import Path
 
 import polars as pl
 import pytest
+from conftest import signalled
 
 import fasttower
 from fasttower import train
@@ -204,7 +206,11 @@ def test_a_directory_in_use_is_refused_before_the_training(csv, tmp_path, capsys
 
 def test_runs_of_one_second_get_directories_of_their_own(csv, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("time.strftime", lambda _: "20260101-120000")
+    strftime = time.strftime
+    # Libraries that are imported meanwhile ask for other times.
+    monkeypatch.setattr(
+        "time.strftime", lambda text, *when: strftime(text, *when) if when else "20260101-120000"
+    )
     for seed in (1, 2):
         assert command("--data", csv, "--quiet", *QUICK, "--seed", seed) == 0
     for name, seed in (("ratings-20260101-120000", 1), ("ratings-20260101-120000-2", 2)):
@@ -268,20 +274,8 @@ def test_a_signal_stops_the_training_and_has_the_run_written(csv, tmp_path, modu
     arguments = ["train"] if module == "fasttower" else []
     arguments += ["--data", str(csv), "--run-dir", str(tmp_path / "run"), *QUICK, "--epochs", "100000"]
     arguments += ["--valid-fraction", "0"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", module, *arguments],
-        env=os.environ
-        | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "PYTHONUNBUFFERED": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    for line in process.stdout:
-        if line.startswith("train   2"):
-            process.send_signal(number)
-            break
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == code, out + err
+    exit_code, out, err = signalled([module, *arguments], "train   2", number)
+    assert exit_code == code, out + err
     assert "Traceback" not in err
     run = fasttower.load_run(tmp_path / "run")
     assert run.interrupted

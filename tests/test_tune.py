@@ -2,15 +2,12 @@
 
 import dataclasses
 import json
-import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import optuna
 import polars as pl
 import pytest
+from conftest import signalled
 
 import fasttower
 from fasttower import Config, FastTowerError, TrainingError, TuneObserver
@@ -21,7 +18,6 @@ from fasttower.tuning import tune as tuning
 from fasttower.tuning.space import FAMILIES, VARIED, Space
 from fasttower.tuning.study import Study
 
-ROOT = Path(__file__).parent.parent
 OPEN = Config(backend="torch", threads=1, k=5, epochs=2)
 SMALL = dataclasses.replace(OPEN, embedding_dim=4, batch_size=256)
 KEPT = ("bias_l2", "block_size", "num_negatives", "negative_pool", "init_scale")
@@ -390,20 +386,9 @@ def test_help_is_short(capsys):
 
 def test_ctrl_c_writes_the_best_so_far_and_exits_with_130(csv, tmp_path):
     to = tmp_path / "tuned.json"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "fasttower", "tune", "--data", csv, "--trials", "10000", "--to", to, *QUICK],
-        env=os.environ
-        | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "PYTHONUNBUFFERED": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    for line in process.stdout:
-        if line.startswith("trial   2"):
-            process.send_signal(signal.SIGINT)
-            break
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, out + err
+    arguments = ["fasttower", "tune", "--data", csv, "--trials", "10000", "--to", to, *QUICK]
+    code, out, err = signalled(arguments, "trial   2", signal.SIGINT)
+    assert code == 130, out + err
     assert "Traceback" not in err
     assert "the best so far will be written" in err
     assert Config.from_json(json.loads(to.read_text())).search == "none"

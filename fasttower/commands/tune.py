@@ -77,6 +77,7 @@ def run(arguments: Sequence[str]) -> int:
 
     # After the flags are known to be good: they import torch.
     from fasttower.json_files import write_object  # noqa: PLC0415
+    from fasttower.run.directory import FORMAT  # noqa: PLC0415
     from fasttower.tuning.report import ConsoleTuneObserver  # noqa: PLC0415
     from fasttower.tuning.tune import tune  # noqa: PLC0415
 
@@ -91,10 +92,8 @@ def run(arguments: Sequence[str]) -> int:
             observer=observer,
         )
         fields = tuned.config.to_json(device=config.device, backend=config.backend)
-        if fields["similarity"] == "dot":
-            del fields["temperature"]  # it has none
         part = flags.to.with_name(f".{flags.to.name}.unfinished")
-        write_object(part, fields)
+        write_object(part, {"format": FORMAT, **fields})  # as a run's config.json, and read as one
         part.replace(flags.to)
     observer.show_tuned(tuned, flags.to, storage)
     if flags.json:

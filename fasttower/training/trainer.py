@@ -153,8 +153,8 @@ class Trainer:
         self._next: tuple[int, Phase | None] | None = None  # after so many outcomes
         # On the CPU: those of a long search would fill a GPU.
         self._paused: dict[Paused, list[Tensor]] = {}  # of the current seed's search
-        # By seed, cut and dimension, on the device; likewise.
-        self._spectral: dict[tuple[int, int | None, int], tuple[Tensor, Tensor]] = {}
+        # By cut and dimension, on the device; likewise.
+        self._spectral: dict[tuple[int | None, int], tuple[Tensor, Tensor]] = {}
         self._fit = data.fit, known
         self._cuts = [_Cut.of(cut, known, config) for cut in data.cuts[: self.plan.cuts_read]]
 
@@ -259,7 +259,7 @@ class Trainer:
         model = self._empty_model(config)
         model.initialise(phase.seed, config.init_scale)
         if config.initial_vectors == "spectral":
-            key = phase.seed, phase.cut, config.embedding_dim
+            key = phase.cut, config.embedding_dim
             directions = self._spectral.get(key) or spectral_vectors(known, config.embedding_dim, phase.seed)
             if phase.searches:  # other candidates begin there too
                 self._spectral[key] = directions
@@ -340,11 +340,8 @@ class Trainer:
             self.model, step.settings.loss, step.negatives, seed=phase.seed, backend=self.config.backend
         )
         metrics, ndcg = validation.metrics(self.model)
-        return (
-            loss,
-            metrics,
-            Scores(epoch, validation.users.cpu(), ndcg, metrics[f"Coverage@{self.config.k}"]),
-        )
+        coverage = metrics[f"Coverage@{self.config.k}"]
+        return loss, metrics, Scores(epoch, validation.users.cpu(), ndcg, coverage)
 
     def _end_phase(self, phase: Phase, *, diverged: bool) -> None:
         """Record the outcome of a phase; the next step begins the next one."""

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich.markup import escape
-
-from fasttower.console import counted_noun
+from fasttower.console import counted_noun, literal
 from fasttower.report import ConsoleObserver
 from fasttower.tuning.space import described
 from fasttower.tuning.study import TuneRow, best_of
@@ -32,16 +30,17 @@ class ConsoleTuneObserver(ConsoleObserver, TuneObserver):
             state = "best so far" if row == best else "pruned" if row["state"] == "pruned" else ""
             trained = f"epochs {row['epochs']:2d}  best {row['best_epoch']:2d}  NDCG {row['score']:.4f}"
             result = f"{trained}  coverage {row['coverage']:.3f}  {row['seconds']:5.1f} s  {state:11s}"
-        self._console.print(escape(f"trial {row['trial']:3d}  {result}  {row['settings']}"), soft_wrap=True)
+        self._console.print(literal(f"trial {row['trial']:3d}  {result}  {row['settings']}"), soft_wrap=True)
 
     def show_tuned(self, tuned: Tuned, to: Path, storage: Path) -> None:
         """Show the best settings, and what to do with them."""
         states = tuned.trials["state"].value_counts(sort=True).iter_rows()
         counts = ", ".join(f"{count} {state}" for state, count in states)
         self._console.print(f"{counted_noun(tuned.trials.height, 'trial')}: {counts}")
-        choice = f"chosen: NDCG {tuned.score:.4f} on the validation part, {described(tuned.config)}"
-        self._console.print(escape(f"{choice}, {counted_noun(tuned.config.epochs, 'epoch')}"), soft_wrap=True)
+        epochs = counted_noun(tuned.config.epochs, "epoch")
+        choice = f"chosen: NDCG {tuned.score:.4f} on the validation part, {described(tuned.config)}, {epochs}"
+        self._console.print(literal(choice), soft_wrap=True)
         if tuned.interrupted:
             self._warnings.print("interrupted: the best of the trials that had been finished by then")
-        self._console.print(escape(f"configuration written to {to}, trials to {storage}"), soft_wrap=True)
-        self._console.print(escape(f"next: fasttower train --config {to}"), soft_wrap=True)
+        self._console.print(literal(f"configuration written to {to}, trials to {storage}"), soft_wrap=True)
+        self._console.print(literal(f"next: fasttower train --config {to}"), soft_wrap=True)

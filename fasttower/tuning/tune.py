@@ -92,7 +92,7 @@ def tune(
 
     Fields of the configuration that differ from their default stay as they are; others that
     `fasttower.tuning.space.VARIED` names are varied. The first trials are those that the search of `fit`
-    begins with. A trial is trained as long as it gains, and given up where, after 4, 8, 16 ... epochs (half
+    begins with. A trial is trained as long as it gains, and given up where, after 2, 4, 8 ... epochs (half
     as many with negatives that a block shares), the better half of the trials before it had better scores.
     `config.prefer` says which of the trials is chosen, as it does of those of `fit`. The test part is never
     looked at, and `config.search` is not read.
